@@ -1,0 +1,151 @@
+"""The one comparison that every kernel test and benchmark uses: hostile inputs, and FlashMLA's published tolerances.
+
+Inputs: fresh random latents; NaN in every slot that no sequence reads; 2147480000 in table entries past a length; outputs poisoned with NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvmanager.attention import reference
+from kvmanager.attention.layout import LatentLayout
+from kvmanager.attention.memory import PageMemory
+from kvmanager.attention.work import Shape, decode_work, prefill_work
+from kvmanager.tables import BatchTables
+
+if TYPE_CHECKING:
+    from kvmanager.kernels.mla_decode import Tile
+
+__all__ = ["GARBAGE_PAGE", "Problem", "assert_close", "check_attention", "make_problem", "poisoned", "run_kernels"]
+
+GARBAGE_PAGE = 2147480000
+OUT_ABS, OUT_REL, OUT_COSINE = 8e-4, 2.01 / 128, 5e-6
+LSE_ABS, LSE_REL = 1e-6, 8.01 / 65536
+LATENT_SCALE, QUERY_SCALE = 0.1, 3.0  # FlashMLA draws both at 0.1, which leaves the softmax flat; the absolute limits want small values
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """An output buffer whose every unwritten element shows."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """One step's input. The latents of this step's own tokens are in `latent` and not yet in the memory, where their slots hold NaN."""
+
+    memory: PageMemory
+    tables: BatchTables
+    query_lens: list[int]
+    latent: Tensor  # [num_layers, tokens, entry]
+    q: Tensor  # [num_layers, tokens, heads, entry]
+    scale: float
+    unread: Tensor  # bool [num_pages, page_size]: slots of no sequence
+
+
+def make_problem(
+    layout: LatentLayout,
+    lengths: Sequence[int],
+    query_lens: Sequence[int],
+    num_heads: int,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    spare_pages: int = 5,
+    reserved_entries: int = 2,
+    written: bool = False,
+) -> Problem:
+    """A step over fresh random data. A row of length 0 has no pages. `written`: this step's latents are in the memory already."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    used = [-(-length // layout.page_size) for length in lengths]
+    num_pages = sum(used) + spare_pages
+    order = np.random.default_rng(seed).permutation(num_pages).astype(np.int32)
+    rows, start = [], 0
+    for count in used:
+        rows.append(np.concatenate([order[start : start + count], np.full(reserved_entries, GARBAGE_PAGE, np.int32)]))
+        start += count
+    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    page_ids = np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32)
+    tables = BatchTables(seed + 1, layout.page_size, np.array(lengths, np.int32), page_ids, indptr)
+
+    memory = PageMemory(layout, num_pages, device)
+    memory.pages.fill_(float("nan"))
+    unread = torch.ones((num_pages, layout.page_size), dtype=torch.bool)
+    for row, (length, count) in enumerate(zip(lengths, query_lens, strict=True)):
+        position = np.arange(length)
+        page, offset = tables.pages_of(row)[position // layout.page_size].astype(np.int64), position % layout.page_size
+        unread[page, offset] = False
+        past = length if written else max(length - count, 0)
+        values = torch.randn((past, layout.num_layers, layout.entry), generator=generator, device=device) * LATENT_SCALE
+        where = (torch.from_numpy(page[:past]).to(device), torch.from_numpy(offset[:past]).to(device))
+        memory.pages[where[0], :, where[1]] = values.to(memory.pages.dtype)
+    tokens = sum(query_lens)
+    latent = torch.randn((layout.num_layers, tokens, layout.entry), generator=generator, device=device) * LATENT_SCALE
+    q = torch.randn((layout.num_layers, tokens, num_heads, layout.entry), generator=generator, device=device) * QUERY_SCALE
+    dtype = memory.pages.dtype
+    return Problem(memory, tables, list(query_lens), latent.to(dtype), q.to(dtype), layout.entry**-0.5, unread)
+
+
+def _close(name: str, got: Tensor, want: Tensor, abs_limit: float, rel_limit: float) -> None:
+    if got.shape != want.shape:
+        raise AssertionError(f"{name}: expected shape {tuple(want.shape)}, got {tuple(got.shape)}")
+    got, want = got.double(), want.double()
+    if torch.isnan(got).any():
+        raise AssertionError(f"{name}: {int(torch.isnan(got).sum())} of {got.numel()} values are NaN")
+    if not torch.equal(torch.isinf(got), torch.isinf(want)):
+        raise AssertionError(f"{name}: infinities stand elsewhere than in the reference")
+    finite = ~torch.isinf(want)
+    error = torch.where(finite, (got - want).abs(), 0.0)
+    bad = (error > abs_limit) & (error > rel_limit * want.abs())
+    if bad.any():
+        worst = int(error.flatten().argmax())
+        raise AssertionError(
+            f"{name}: {int(bad.sum())} of {bad.numel()} values off by more than {abs_limit} and {rel_limit:.2e} of theirs; "
+            f"worst: expected {want.flatten()[worst]:.6f}, got {got.flatten()[worst]:.6f}"
+        )
+
+
+def assert_close(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor) -> None:
+    """Raise AssertionError unless out and lse are within FlashMLA's tolerances of the reference."""
+    _close("lse", lse, want_lse, LSE_ABS, LSE_REL)
+    _close("out", out, want_out, OUT_ABS, OUT_REL)
+    x, y = out.double().flatten(), want_out.double().flatten()
+    total = (x * x + y * y).sum()
+    if total > 0 and (cosine := float(1 - 2 * (x * y).sum() / total)) > OUT_COSINE:
+        raise AssertionError(f"out: cosine difference {cosine:.2e}, expected at most {OUT_COSINE}")
+
+
+def run_kernels(problem: Problem, layer: int, tile: Tile, num_programs: int, causal: bool = True) -> tuple[Tensor, Tensor]:
+    """The attention and merge kernels alone, over the problem's own page tables, garbage entries included; all outputs poisoned first."""
+    from kvmanager.kernels import mla_decode, mla_merge
+
+    q, pages, tables = problem.q[layer], problem.memory.layer(layer), problem.tables
+    shape = Shape(q.shape[1], tile.block_rows, tile.block_tokens, num_programs)
+    lengths, counts, starts = tables.lengths.astype(np.int64), np.array(problem.query_lens, np.int64), tables.page_indptr[:-1]
+    if (counts == 1).all():
+        work = decode_work(shape, starts, lengths)
+    else:
+        work = prefill_work(shape, starts, lengths, counts, np.cumsum(counts) - counts, causal)
+    programs, items, merges, page_ids = (
+        torch.from_numpy(array).to(q.device) for array in (work.programs, work.items, work.merges, tables.page_ids)
+    )
+    rank = problem.memory.layout.kv_lora_rank
+    out, lse = poisoned((*q.shape[:2], rank), q.dtype, q.device), poisoned(tuple(q.shape[:2]), torch.float32, q.device)
+    partials = (max(work.num_partials, 1), tile.block_rows)
+    partial_out, partial_lse = poisoned((*partials, rank), torch.float32, q.device), poisoned(partials, torch.float32, q.device)
+    mla_decode.attend(q, pages, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, tile, causal)
+    mla_merge.merge(partial_out, partial_lse, merges, out, lse)
+    return out, lse
+
+
+def check_attention(problem: Problem, layer: int, out: Tensor, lse: Tensor, causal: bool = True) -> None:
+    """Compare a whole step's out [tokens, heads, rank] and lse with the float64 reference over the memory as it now is."""
+    pages, layout = problem.memory.layer(layer), problem.memory.layout
+    want = reference.prefill(problem.q[layer], pages, problem.tables, problem.query_lens, layout.kv_lora_rank, problem.scale, causal)
+    assert_close(out, lse, *want)
+    if not torch.isnan(pages[problem.unread.to(pages.device)].float()).all():
+        raise AssertionError("pages: a slot that belongs to no sequence was written")

@@ -1,0 +1,145 @@
+"""Which program attends to what: the work list of one launch, built on the host with numpy.
+
+A unit is a stretch of work that shares its latents: `group` blocks of rows that read the same latents at the same time, so that neighbouring
+programs find them in the L2 cache. Programs stand in lanes of `group`; the units lie end to end on a line that is cut into one equal piece a
+lane. A lane has at most two units that it shares with others, so the partial results are bounded by the lanes, not by batch times splits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvmanager.tables import div_ceil
+
+__all__ = ["ITEM_FIELDS", "MERGE_FIELDS", "Shape", "WorkList", "decode_work", "prefill_work"]
+
+ITEM_FIELDS = 8  # page_start, first_token, query_len, length, row, begin, end, partial slot or -1
+MERGE_FIELDS = 8  # first_token, query_len, row, first partial, partial count, 3 unused
+OVERHEAD_TILES = 1  # what starting and ending an item costs, in tiles of latents
+SPLIT_TILES_MIN = 2  # no split is shorter: merging it would cost more than it saves
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a work list is cut for: the kernel's tile, the heads, and how many programs run at once."""
+
+    num_heads: int
+    block_rows: int
+    block_tokens: int
+    num_programs: int
+
+    @property
+    def blocks_per_token(self) -> int:
+        """Blocks of rows that one query token of a sequence needs."""
+        return div_ceil(self.num_heads, self.block_rows)
+
+    @property
+    def lanes(self) -> int:
+        """Groups of programs that work on the same latents, in decode."""
+        return max(1, self.num_programs // self.blocks_per_token)
+
+    @property
+    def partials_max(self) -> int:
+        """Partial slots that any work list of this shape needs at most."""
+        return 2 * max(self.lanes * self.blocks_per_token, self.num_programs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkList:
+    """programs int32 [num_programs + 1], items int32 [num_items, 8], merges int32 [num_merges, 8]; num_partials partial slots are used."""
+
+    programs: np.ndarray
+    items: np.ndarray
+    merges: np.ndarray
+    num_partials: int
+
+
+def _cut(tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Cut units of `tiles` tiles each into pieces: unit, first tile, end tile and lane of each piece, in order."""
+    cost = tiles + OVERHEAD_TILES
+    ends = np.cumsum(cost)
+    share = max(div_ceil(int(ends[-1]), lanes), SPLIT_TILES_MIN)
+    cut = np.arange(share, min(share * lanes, int(ends[-1])), share, dtype=np.int64)  # lanes - 1 of them at most
+    unit = np.searchsorted(ends, cut, side="right")
+    tile = cut - (ends - cost)[unit] - OVERHEAD_TILES
+    tile[tile < SPLIT_TILES_MIN] = 0
+    starts = (
+        ends - cost - np.arange(len(tiles)) * (OVERHEAD_TILES - 1)
+    )  # of units, when each takes tiles + 1: one of no tiles has a place too
+    at_end = tiles[unit] - tile < SPLIT_TILES_MIN
+    place = np.where(at_end, starts[unit] + tiles[unit] + 1, starts[unit] + tile)  # a cut near a unit's end is at the next one's start
+
+    pieces = np.sort(np.concatenate([starts, place[place < starts[-1] + tiles[-1] + 1]]))
+    pieces = pieces[np.append(True, pieces[1:] != pieces[:-1])]
+    piece_unit = np.searchsorted(starts, pieces, side="right") - 1
+    piece_begin = pieces - starts[piece_unit]
+    piece_end = np.minimum(np.append(pieces[1:] - starts[piece_unit[:-1]], tiles[-1]), tiles[piece_unit])
+    return piece_unit, piece_begin, piece_end, np.searchsorted(place, pieces, side="right")
+
+
+def _work(shape: Shape, group: int, lanes: int, num_programs: int, units: np.ndarray) -> WorkList:
+    """units int64 [n, 6]: page_start, first_token, query_len, length, first row, positions seen by its last row."""
+    if not len(units):
+        return WorkList(
+            np.zeros(num_programs + 1, np.int32), np.zeros((0, ITEM_FIELDS), np.int32), np.zeros((0, MERGE_FIELDS), np.int32), 0
+        )
+    tiles = -(-units[:, 5] // shape.block_tokens)
+    unit, begin, end, lane = _cut(tiles, lanes)
+    pieces = np.bincount(unit, minlength=len(units))
+    first_piece = np.cumsum(pieces) - pieces
+    split = pieces > 1
+    needed = np.where(split, pieces * group, 0)
+    first_partial = np.cumsum(needed) - needed
+
+    member = np.arange(group)
+    nth = np.arange(len(unit)) - first_piece[unit]
+    items = np.empty((len(unit), group, ITEM_FIELDS), np.int32)
+    items[:, :, :4] = units[unit, None, :4]
+    items[:, :, 4] = units[unit, 4, None] + member * shape.block_rows
+    items[:, :, 5] = (begin * shape.block_tokens)[:, None]
+    items[:, :, 6] = np.minimum(end * shape.block_tokens, units[unit, 5])[:, None]
+    items[:, :, 7] = np.where(split[unit, None], (first_partial[unit] + nth)[:, None] + member * pieces[unit, None], -1)
+    flat = items.reshape(-1, ITEM_FIELDS)
+    if group > 1:  # in order of program: lane, then place in the group
+        flat = flat[np.argsort((lane[:, None] * group + member).ravel(), kind="stable")]
+    programs = np.zeros(num_programs + 1, np.int32)
+    np.cumsum(np.repeat(np.bincount(lane, minlength=num_programs // group), group), out=programs[1:])
+
+    merged = np.flatnonzero(split)
+    merges = np.zeros((len(merged), group, MERGE_FIELDS), np.int32)
+    merges[:, :, 0:2] = units[merged, None, 1:3]
+    merges[:, :, 2] = units[merged, 4, None] + member * shape.block_rows
+    merges[:, :, 3] = first_partial[merged, None] + member * pieces[merged, None]
+    merges[:, :, 4] = pieces[merged, None]
+    return WorkList(programs, flat, merges.reshape(-1, MERGE_FIELDS), int(needed.sum()))
+
+
+def decode_work(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray) -> WorkList:
+    """One query token a sequence: token b of the launch belongs to sequence b. All its heads read the same latents."""
+    batch = len(lengths)
+    units = np.zeros((batch, 6), np.int64)
+    units[:, 0] = page_starts
+    units[:, 1] = np.arange(batch)
+    units[:, 2] = 1
+    units[:, 3] = units[:, 5] = lengths
+    group = shape.blocks_per_token
+    return _work(shape, group, shape.lanes, shape.lanes * group, units)
+
+
+def prefill_work(
+    shape: Shape, page_starts: np.ndarray, lengths: np.ndarray, query_lens: np.ndarray, first_tokens: np.ndarray, causal: bool = True
+) -> WorkList:
+    """query_lens[b] query tokens of sequence b, from token first_tokens[b] of the launch on. Each block of rows is a unit of its own."""
+    rows = query_lens * shape.num_heads
+    blocks = -(-rows // shape.block_rows)
+    owner = np.repeat(np.arange(len(blocks)), blocks)
+    nth = np.arange(len(owner)) - (np.cumsum(blocks) - blocks)[owner]
+    row = nth * shape.block_rows
+    units = np.empty((len(owner), 6), np.int64)
+    units[:, 0], units[:, 1], units[:, 2], units[:, 3] = page_starts[owner], first_tokens[owner], query_lens[owner], lengths[owner]
+    units[:, 4] = row
+    last_token = (np.minimum(row + shape.block_rows, rows[owner]) - 1) // shape.num_heads
+    units[:, 5] = np.maximum(lengths[owner] - query_lens[owner] + last_token + 1, 0) if causal else lengths[owner]
+    return _work(shape, 1, shape.num_programs, shape.num_programs, units)

@@ -1,0 +1,223 @@
+"""Absorbed MLA attention over paged latents: decode, and causal prefill of several tokens, are one kernel.
+
+A row is one (query token, head). A program takes rows BLOCK_ROWS at a time through a work list that the host made: which rows, which
+stretch of the sequence's latents, and where the result goes (the output, or a partial slot that mla_merge.py merges). All rows of a block
+share each latent that is loaded, as K (all of it) and as V (its first `rank` values).
+
+Floor of a decode step: bytes = tokens * entry * itemsize + rows * (entry + rank) * itemsize at copy bandwidth; FLOPs = rows * tokens * 2 *
+(entry + rank) at the matmul rate. At 512 + 64 in bf16 the two meet near 100 heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["ITEM_FIELDS", "Tile", "attend", "choose_tile"]
+
+ITEM_FIELDS = 8  # int32: page_start, first_token, query_len, length, row, begin, end, partial slot or -1
+
+
+class Tile(NamedTuple):
+    """What a program works on at a time. Depends on heads, entry, dtype and architecture alone: a tile chosen by timing changes bits."""
+
+    block_rows: int  # (query token, head) rows
+    block_tokens: int  # latents of the sequence
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+_SHARED_BYTES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB a program may have, by architecture
+_TOKENS_AND_STAGES = ((64, 2), (32, 2), (16, 2), (16, 1))
+
+
+def choose_tile(num_heads: int, rank: int, rope: int, dtype: torch.dtype, arch: int, several_tokens: bool) -> Tile:
+    """The tile for one model on one architecture (90 is Hopper); several_tokens: rows of prefill, which fill a tall tile at any head count."""
+    block_rank, width = triton.next_power_of_2(rank), triton.next_power_of_2(rank) + triton.next_power_of_2(rope)
+    if dtype == torch.float32:
+        return Tile(16, 16, 4, 1, 1)
+    heights = (64, 32, 16) if (several_tokens or num_heads > 16) and block_rank <= 512 else (16,)
+    budget = _SHARED_BYTES.get(arch, 99) * 1024 - 2048
+    for block_rows in heights:
+        for block_tokens, num_stages in _TOKENS_AND_STAGES[: 2 if block_rows > 16 else None]:
+            num_warps = 8 if block_rows == 64 and block_rank > 128 else 4
+            exchange = block_rows * block_tokens if num_warps == 8 else 0  # probabilities cross between two warpgroups
+            if ((block_rows + num_stages * block_tokens) * width + exchange) * 2 <= budget:
+                return Tile(block_rows, block_tokens, num_warps, num_stages, 2 if block_rows == 16 or block_rank <= 256 else 1)
+    return Tile(16, 16, 4, 1, 1)
+
+
+def attend(
+    q: Tensor,
+    pages: Tensor,
+    page_ids: Tensor,
+    programs: Tensor,
+    items: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    scale: float,
+    tile: Tile,
+    causal: bool = True,
+) -> None:
+    """Run a work list over one layer.
+
+    q            [num_tokens, heads, entry]      bf16 | fp16 | fp32, device; entry contiguous, tokens and heads may be strided
+    pages        [num_pages, page_size, entry]   dtype of q; one layer's view, page stride may pass 2**31 elements
+    page_ids     [any]                           int32; an item's pages are at its page_start and after; those past its `end` are never read
+    programs     [num_programs + 1]              int32; program p runs items[programs[p] : programs[p + 1]]
+    items        [any, 8]                        int32, ITEM_FIELDS; `begin` is a multiple of block_tokens, `row` of block_rows
+    out          [num_tokens, heads, rank]       dtype of q, contiguous; rows of unsplit items are written here
+    lse          [num_tokens, heads]             float32, contiguous; natural log
+    partial_out  [num_partials, block_rows, rank]  float32; partial_lse [num_partials, block_rows]: rows of split items
+
+    Query token t of an item sees positions up to length - query_len + t if causal, else all. A row that sees nothing gives 0 and -inf.
+    One launch of a fixed grid, no allocation, no host sync: safe under graph capture, replayable with new work lists. No atomics."""
+    rank, rope = out.shape[-1], q.shape[-1] - out.shape[-1]
+    _attend_kernel[(programs.shape[0] - 1,)](
+        q,
+        pages,
+        page_ids,
+        programs,
+        items,
+        out,
+        lse,
+        partial_out,
+        partial_lse,
+        scale * 1.4426950408889634,  # exp2 inside
+        q.shape[1],
+        q.stride(0),
+        q.stride(1),
+        pages.stride(0),
+        pages.stride(1),
+        PAGE_SIZE=pages.shape[1],
+        RANK=rank,
+        ROPE=rope,
+        BLOCK_RANK=triton.next_power_of_2(rank),
+        BLOCK_ROPE=triton.next_power_of_2(rope),
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_TOKENS=tile.block_tokens,
+        IS_CAUSAL=causal,
+        IS_WIDE=tile.num_warps == 8,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@triton.jit(do_not_specialize=["num_heads"])
+def _attend_kernel(
+    q_ptr,
+    pages_ptr,
+    page_ids_ptr,
+    programs_ptr,
+    items_ptr,
+    out_ptr,
+    lse_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    scale_log2,
+    num_heads,
+    stride_q_token,
+    stride_q_head,
+    stride_pages_page,
+    stride_pages_slot,
+    PAGE_SIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+):
+    first = tl.load(programs_ptr + tl.program_id(0))
+    last = tl.load(programs_ptr + tl.program_id(0) + 1)
+    column = tl.arange(0, BLOCK_RANK)
+    rope = tl.arange(0, BLOCK_ROPE)
+    block_row = tl.arange(0, BLOCK_ROWS)
+    block_token = tl.arange(0, BLOCK_TOKENS)
+    for index in range(first, last):
+        item_ptr = items_ptr + index * 8  # 2**24 items at most
+        table_ptr = page_ids_ptr + tl.load(item_ptr).to(tl.int64)
+        first_token = tl.load(item_ptr + 1)
+        query_len = tl.load(item_ptr + 2)
+        length = tl.load(item_ptr + 3)
+        row0 = tl.load(item_ptr + 4)
+        begin = tl.load(item_ptr + 5)
+        end = tl.load(item_ptr + 6)
+        partial = tl.load(item_ptr + 7)
+
+        row = row0 + block_row  # [BLOCK_ROWS]
+        is_row = row < query_len * num_heads
+        token = row // num_heads
+        head = row % num_heads
+        limit = tl.where(IS_CAUSAL, tl.minimum(length - query_len + token + 1, end), tl.minimum(length, end))
+        token = (first_token + token).to(tl.int64)
+
+        q_row_ptr = q_ptr + token * stride_q_token + head.to(tl.int64) * stride_q_head
+        q = tl.load(q_row_ptr[:, None] + column[None, :], mask=is_row[:, None] & (column < RANK)[None, :], other=0.0)
+        q_rope = tl.load(q_row_ptr[:, None] + RANK + rope[None, :], mask=is_row[:, None] & (rope < ROPE)[None, :], other=0.0)
+
+        top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)  # running maximum, in log2
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        acc = tl.zeros([BLOCK_ROWS, BLOCK_RANK], tl.float32)
+        for start in tl.range(begin, end, BLOCK_TOKENS):
+            # Past the end the last latent is read again: table entries and slots nobody wrote are never touched, and its probability is 0.
+            position = tl.minimum(start + block_token, end - 1)  # [BLOCK_TOKENS]
+            if PAGE_SIZE % BLOCK_TOKENS == 0:
+                page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
+            else:
+                page = tl.load(table_ptr + position // PAGE_SIZE).to(tl.int64)
+            slot_ptr = pages_ptr + page * stride_pages_page + (position % PAGE_SIZE).to(tl.int64) * stride_pages_slot
+            if BLOCK_RANK == RANK:
+                kv = tl.load(slot_ptr[:, None] + column[None, :])  # [BLOCK_TOKENS, BLOCK_RANK]
+            else:
+                kv = tl.load(slot_ptr[:, None] + column[None, :], mask=(column < RANK)[None, :], other=0.0)
+            if BLOCK_ROPE == ROPE:
+                k_rope = tl.load(slot_ptr[:, None] + RANK + rope[None, :])
+            else:
+                k_rope = tl.load(slot_ptr[:, None] + RANK + rope[None, :], mask=(rope < ROPE)[None, :], other=0.0)
+            if IS_WIDE:
+                # Two warpgroups. Triton puts a product that leads to another into one column of warps, and here both groups would then
+                # compute all of it. The scaling keeps the two score products apart; the `if`, always taken, hides the way to the third.
+                score = tl.dot(q, tl.trans(kv)) * scale_log2
+                score += tl.dot(q_rope, tl.trans(k_rope)) * scale_log2
+                probability = score.to(kv.dtype)
+                keep = total
+                if num_heads > 0:
+                    score = tl.where((start + block_token)[None, :] < limit[:, None], score, float("-inf"))
+                    probability, keep, top, total = _softmax(score, top, total, kv.dtype)
+            else:
+                score = tl.dot(q, tl.trans(kv), input_precision="ieee")
+                score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="ieee") * scale_log2
+                score = tl.where((start + block_token)[None, :] < limit[:, None], score, float("-inf"))
+                probability, keep, top, total = _softmax(score, top, total, kv.dtype)
+            acc = tl.dot(probability, kv, acc * keep[:, None], input_precision="ieee")
+
+        seen = total > 0
+        value = acc / tl.where(seen, total, 1.0)[:, None]
+        norm = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+        is_value = is_row[:, None] & (column < RANK)[None, :]
+        if partial < 0:
+            out_row = token * num_heads + head
+            tl.store(out_ptr + out_row[:, None] * RANK + column[None, :], value.to(out_ptr.dtype.element_ty), mask=is_value)
+            tl.store(lse_ptr + out_row, norm, mask=is_row)
+        else:
+            partial_row = partial.to(tl.int64) * BLOCK_ROWS + block_row
+            tl.store(partial_out_ptr + partial_row[:, None] * RANK + column[None, :], value, mask=is_value)
+            tl.store(partial_lse_ptr + partial_row, norm, mask=is_row)
+
+
+@triton.jit
+def _softmax(score, top, total, dtype: tl.constexpr):
+    """One step of the running softmax: probabilities of `score` (log2, -inf where masked), and what earlier results are scaled by."""
+    new_top = tl.maximum(top, tl.max(score, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet: exp2(-inf), not exp2(-inf + inf)
+    probability = tl.exp2(score - base[:, None])
+    keep = tl.exp2(top - base)
+    return probability.to(dtype), keep, new_top, total * keep + tl.sum(probability, 1)

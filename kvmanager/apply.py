@@ -1,0 +1,468 @@
+"""apply: the only writer of `State`. It makes no choices: what happens was decided, or is restored from a snapshot.
+
+It never fails on a decided batch; `InvariantBroken` here means a bug or bytes that are no journal of this manager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from kvmanager import events as ev
+from kvmanager.errors import InvariantBroken
+from kvmanager.handoff import Handoff, HandoffState
+from kvmanager.pool import Pool
+from kvmanager.prefix import Node
+from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
+from kvmanager.state import Client, Notice, State, Worker
+
+__all__ = ["apply"]
+
+TOKEN_BYTES = 4
+
+
+class Restoring:
+    """Numbers that a snapshot gives to index nodes, per pool; needed only while one is being applied."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[tuple[int, int], Node] = {}
+
+
+def apply(state: State, batch: ev.EventBatch, restoring: Restoring | None = None) -> None:
+    """Change `state` by one batch. Batches come in version order; a snapshot's batch sets the version it was taken at."""
+    if restoring is None and (batch.epoch != state.epoch or batch.version != state.version + 1):
+        raise InvariantBroken(f"apply: expected {state.epoch}:{state.version + 1}, got {batch.epoch}:{batch.version}")
+    state.epoch, state.version = batch.epoch, batch.version
+    state.now_ms = max(state.now_ms, batch.now_ms)  # a clock that jumps back must not shorten a lease
+    for event in batch.events:
+        if restoring is not None and type(event) in _RESTORE:
+            _RESTORE[type(event)](state, event, restoring)
+        else:
+            _APPLY[type(event)](state, event)
+
+
+# --- pools and workers -----------------------------------------------------------------------------------------------------------
+
+
+def _pool_added(state: State, event: ev.PoolAdded) -> None:
+    state.pools.append(Pool(event.pool, event.name, event.group, event.num_pages, event.page_size, event.workers, event.layout))
+    state.pool_workers.append([])
+
+
+def _worker_joined(state: State, event: ev.WorkerJoined) -> None:
+    state.workers[event.worker] = Worker(
+        event.worker,
+        event.name,
+        event.pool,
+        event.layout,
+        event.memory,
+        event.lease_ms,
+        acked=state.version,  # it has never seen anything older
+        deadline_ms=state.now_ms + event.lease_ms,
+    )
+    state.next_worker = event.worker + 1
+    state.pool_workers[event.pool].append(event.worker)
+    state.pools[event.pool].layout = event.layout
+
+
+def _worker_acked(state: State, event: ev.WorkerAcked) -> None:
+    worker = state.workers[event.worker]
+    worker.acked = max(worker.acked, event.version)
+    worker.deadline_ms = state.now_ms + worker.lease_ms
+
+
+def _sequences_written(state: State, event: ev.SequencesWritten) -> None:
+    for sequence_id, tokens in zip(event.ids.tolist(), event.tokens.tolist(), strict=True):
+        sequence = state.sequences[sequence_id]
+        sequence.written[event.worker] = max(tokens, sequence.written.get(event.worker, 0))
+        _note_publishable(state, sequence)
+
+
+def _worker_fenced(state: State, event: ev.WorkerFenced) -> None:
+    state.workers[event.worker].fenced = True
+
+
+def _worker_dead(state: State, event: ev.WorkerDead) -> None:
+    state.pool_workers[state.workers.pop(event.worker).pool].remove(event.worker)
+
+
+# --- sequences -------------------------------------------------------------------------------------------------------------------
+
+
+def _note_publishable(state: State, sequence: Sequence) -> None:
+    publishable = state.pools[sequence.pool].publishable
+    if state.publishable_pages(sequence) > sequence.published:
+        publishable[sequence.sequence_id] = None
+    else:
+        publishable.pop(sequence.sequence_id, None)
+
+
+def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
+    pool = state.pools[event.pool]
+    tokens = event.tokens.astype("<i4").tobytes()
+    cached = event.cached.tolist()
+    node, pages = pool.prefix.acquire(event.namespace, tokens, len(cached), state.version)
+    if pages != cached:
+        raise InvariantBroken(f"open: expected cached pages {cached[:8]}..., index has {pages[:8]}...")
+    pool.share(cached)
+    pool.take(event.fresh.tolist())
+    slot = slot_of(event.sequence)
+    if state.free_slots.pop() != slot:
+        raise InvariantBroken(f"open: row {slot} is not on top of the free rows")
+    state.next_generation = (event.sequence >> SLOT_BITS) + 1
+    state.tables.open(event.sequence, event.pool, event.length, np.concatenate([event.cached, event.fresh]))
+    sequence = Sequence(event.sequence, event.owner, event.pool, event.namespace, bytearray(tokens), node, published=len(cached))
+    # What the index holds has been written by every worker of the pool: that is how it came in.
+    sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
+    state.sequences[event.sequence] = sequence
+
+
+def _sequences_grown(state: State, event: ev.SequencesGrown) -> None:
+    at = 0
+    for index in np.flatnonzero(event.page_counts).tolist():
+        pool = state.pools[state.sequences[int(event.ids[index])].pool]
+        count = int(event.page_counts[index])
+        pool.take(event.pages[at : at + count].tolist())
+        at += count
+    state.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
+
+
+def _grown_again(state: State, event: ev.GrownAgain) -> None:
+    state.tables.grow_again()
+
+
+def _tokens_appended(state: State, event: ev.TokensAppended) -> None:
+    sequence = state.sequences[event.sequence]
+    sequence.tokens += event.tokens.astype("<i4").tobytes()
+    _note_publishable(state, sequence)
+
+
+def _pages_published(state: State, event: ev.PagesPublished) -> None:
+    sequence = state.sequences[event.sequence]
+    pool = state.pools[sequence.pool]
+    pages = event.pages.tolist()
+    last = event.first + len(pages)
+    before = state.tables.pages_of(event.sequence)[event.first : last].tolist()
+    start, stop = event.first * pool.prefix.page_bytes, last * pool.prefix.page_bytes
+    sequence.node = pool.prefix.publish(sequence.node, bytes(sequence.tokens[start:stop]), pages, state.version)
+    sequence.published = last
+    swapped = [(old, new) for old, new in zip(before, pages, strict=True) if old != new]
+    if swapped:
+        # The same tokens were computed twice at once. One copy is enough; a step in flight may still read the other.
+        pool.share([new for _, new in swapped])
+        pool.put_in_quarantine(state.version, pool.unshare([old for old, _ in swapped]))
+        state.tables.swap(event.sequence, event.first, event.pages)
+    _note_publishable(state, sequence)
+
+
+def _let_go(state: State, pool: Pool, pages: list[int], indexed: int, node: Node | None) -> None:
+    """One owner of `pages` less, the first `indexed` of which lead in the index and end at `node`."""
+    pool.unshare(pages[:indexed])  # those without an owner are cached now
+    pool.put_in_quarantine(state.version, pool.unshare(pages[indexed:]))
+    if node is not None:
+        pool.prefix.release(node, state.version)
+
+
+def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
+    sequence = state.sequences.pop(event.sequence)
+    pool = state.pools[sequence.pool]
+    _let_go(state, pool, state.tables.pages_of(event.sequence).tolist(), sequence.published, sequence.node)
+    pool.prefix.leave(sequence.namespace)
+    pool.publishable.pop(event.sequence, None)
+    state.tables.close(event.sequence)
+    state.free_slots.append(slot_of(event.sequence))
+    if event.reason == 1:
+        _tell(state, sequence.owner, Notice("lost", event.sequence, 0, f"memory of pool {pool.name} is gone"))
+
+
+def _pages_evicted(state: State, event: ev.PagesEvicted) -> None:
+    state.pools[event.pool].evict(event.pages.tolist())
+
+
+def _pages_released(state: State, event: ev.PagesReleased) -> None:
+    for serial in event.serials.tolist():
+        state.pools[event.pool].release(serial)
+
+
+def _index_dropped(state: State, event: ev.IndexDropped) -> None:
+    pool = state.pools[event.pool]
+    for handoff in state.handoffs.values():  # aborted ones, whose puller may still be reading: they keep pages, not index nodes
+        if handoff.source == event.pool and handoff.source_node is not None:
+            pool.prefix.release(handoff.source_node, state.version)
+            handoff.source_node, handoff.source_indexed = None, 0
+    pool.put_in_quarantine(state.version, [page for page in pool.prefix.drop_all() if not pool.refs[page]])
+
+
+# --- handoff ---------------------------------------------------------------------------------------------------------------------
+
+
+def _handoff_begun(state: State, event: ev.HandoffBegun) -> None:
+    sequence = state.sequences[event.sequence]
+    state.handoffs[event.handoff] = Handoff(
+        event.handoff,
+        event.sequence,
+        sequence.namespace,
+        sequence.owner,
+        sequence.pool,
+        event.target,
+        HandoffState.PREFILLING,
+        state.version,
+    )
+    state.next_handoff = event.handoff + 1
+    sequence.handoff = event.handoff
+
+
+def _turn(state: State, handoff_id: int, to: HandoffState) -> Handoff:
+    handoff = state.handoffs[handoff_id]
+    handoff.state, handoff.version = to, state.version
+    return handoff
+
+
+def _handoff_sealed(state: State, event: ev.HandoffSealed) -> None:
+    handoff = _turn(state, event.handoff, HandoffState.SEALED)
+    state.sequences[handoff.sequence_id].sealed = True
+    handoff.length = state.tables.length(handoff.sequence_id)
+
+
+def _handoff_reserving(state: State, event: ev.HandoffReserving) -> None:
+    _turn(state, event.handoff, HandoffState.RESERVING)
+
+
+def _handoff_moving(state: State, event: ev.HandoffMoving) -> None:
+    handoff = _turn(state, event.handoff, HandoffState.MOVING)
+    sequence = state.sequences[handoff.sequence_id]
+    source, target = state.pools[handoff.source], state.pools[handoff.target]
+    # Both sides get an owner of their own: whatever happens to the sequence, these pages stay where they are.
+    handoff.source_pages = state.tables.pages_of(handoff.sequence_id).tolist()
+    handoff.source_indexed, handoff.source_node = sequence.published, sequence.node
+    source.share(handoff.source_pages)
+    source.prefix.hold(sequence.node, state.version)
+    sequence.holds += 1
+    shared, fresh = event.shared.tolist(), event.fresh.tolist()
+    handoff.target_node, pages = target.prefix.acquire(handoff.namespace, bytes(sequence.tokens), len(shared), state.version)
+    if pages != shared:
+        raise InvariantBroken(f"handoff {event.handoff}: expected shared pages {shared[:8]}..., index has {pages[:8]}...")
+    target.share(shared)
+    target.take(fresh)
+    handoff.target_shared, handoff.target_pages = len(shared), shared + fresh
+
+
+def _handoff_pulled(state: State, event: ev.HandoffPulled) -> None:
+    state.handoffs[event.handoff].pulled[event.worker] = None
+
+
+def _let_source_go(state: State, handoff: Handoff) -> None:
+    _let_go(state, state.pools[handoff.source], handoff.source_pages, handoff.source_indexed, handoff.source_node)
+    sequence = state.sequences.get(handoff.sequence_id)
+    if sequence is not None:
+        sequence.holds -= 1
+
+
+def _handoff_resident(state: State, event: ev.HandoffResident) -> None:
+    handoff = state.handoffs.pop(event.handoff)
+    sequence = state.sequences[handoff.sequence_id]
+    source, target = state.pools[handoff.source], state.pools[handoff.target]
+    _let_source_go(state, handoff)
+    _let_go(state, source, state.tables.pages_of(handoff.sequence_id).tolist(), sequence.published, sequence.node)
+    source.prefix.leave(sequence.namespace)  # the target's namespace was entered at `moving`
+    source.publishable.pop(sequence.sequence_id, None)
+    state.tables.place(sequence.sequence_id, handoff.target, handoff.length, np.array(handoff.target_pages, np.int32))
+    if handoff.target_node is None:
+        raise InvariantBroken(f"handoff {event.handoff}: resident without ever having moved")
+    sequence.pool, sequence.node, sequence.published = handoff.target, handoff.target_node, handoff.target_shared
+    sequence.written = dict.fromkeys(handoff.pulled, handoff.length)
+    sequence.handoff, sequence.sealed = 0, False
+    _note_publishable(state, sequence)
+    _tell(state, handoff.owner, Notice("resident", handoff.sequence_id, event.handoff, target.name))
+
+
+def _handoff_aborted(state: State, event: ev.HandoffAborted) -> None:
+    handoff = state.handoffs[event.handoff]
+    was_moving = handoff.state is HandoffState.MOVING
+    _turn(state, event.handoff, HandoffState.ABORTED)
+    sequence = state.sequences.get(handoff.sequence_id)
+    if sequence is not None:
+        sequence.handoff, sequence.sealed = 0, False
+    _tell(state, handoff.owner, Notice("aborted", handoff.sequence_id, event.handoff, event.reason))
+    if was_moving:
+        target = state.pools[handoff.target]
+        _let_go(state, target, handoff.target_pages, handoff.target_shared, handoff.target_node)
+        target.prefix.leave(handoff.namespace)
+        handoff.target_pages, handoff.target_shared, handoff.target_node = [], 0, None
+    else:
+        del state.handoffs[event.handoff]  # nobody was told to read anything
+
+
+def _handoff_ended(state: State, event: ev.HandoffEnded) -> None:
+    _let_source_go(state, state.handoffs.pop(event.handoff))
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------------------
+
+
+def _tell(state: State, client_id: int, notice: Notice) -> None:
+    client = state.clients.get(client_id)
+    if client is not None:
+        client.notices.append(notice)
+
+
+def _client_answered(state: State, event: ev.ClientAnswered) -> None:
+    client = state.clients.pop(event.client, None) or Client(event.client)
+    state.clients[event.client] = client  # last in the dict: the first is the one idle longest
+    client.number, client.version, client.reply = event.number, state.version, event.reply
+    del client.notices[: event.notices]
+
+
+def _client_forgotten(state: State, event: ev.ClientForgotten) -> None:
+    del state.clients[event.client]
+
+
+# --- snapshots -------------------------------------------------------------------------------------------------------------------
+
+
+def _state_restored(state: State, event: ev.StateRestored, _: Restoring) -> None:
+    state.next_generation, state.next_worker, state.next_handoff = event.next_generation, event.next_worker, event.next_handoff
+    state.free_slots = event.free_slots.tolist()
+    state.tables.last_ids, state.tables.last_counts = event.last_ids, event.last_counts
+
+
+def _pool_restored(state: State, event: ev.PoolRestored, _: Restoring) -> None:
+    pool = state.pools[event.pool]
+    pool.free = event.free.tolist()
+    at = 0
+    for serial, version, size in zip(event.serials.tolist(), event.versions.tolist(), event.sizes.tolist(), strict=True):
+        pool.next_serial = serial
+        pool.put_in_quarantine(version, event.pages[at : at + size].tolist())
+        at += size
+    pool.next_serial = event.next_serial
+    pool.publishable = dict.fromkeys(event.publishable.tolist())
+
+
+def _worker_restored(state: State, event: ev.WorkerRestored, _: Restoring) -> None:
+    worker = state.workers[event.worker]
+    worker.acked, worker.deadline_ms, worker.fenced = event.acked, event.deadline_ms, bool(event.fenced)
+
+
+def _node_restored(state: State, event: ev.NodeRestored, restoring: Restoring) -> None:
+    prefix = state.pools[event.pool].prefix
+    if event.parent:
+        parent = restoring.nodes[event.pool, event.parent]
+    else:
+        parent = prefix.enter(event.namespace)
+        parent.refs -= 1  # its sequences and handoffs, restored later, enter themselves
+    node = Node(parent, event.tokens, event.pages.tolist())
+    node.refs, node.last_used = event.refs, event.last_used
+    parent.children[event.tokens[: prefix.page_bytes]] = node
+    restoring.nodes[event.pool, event.node] = node
+    for page in node.pages:
+        prefix.node_of[page] = node
+
+
+def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
+    prefix = state.pools[event.pool].prefix
+    for number in event.nodes.tolist():
+        prefix.lru[restoring.nodes[event.pool, number]] = None
+
+
+def _find_node(state: State, restoring: Restoring, pool: int, number: int, namespace: bytes) -> Node:
+    return restoring.nodes[pool, number] if number else state.pools[pool].prefix.roots[namespace]
+
+
+def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Restoring) -> None:
+    pool = state.pools[event.pool]
+    pool.prefix.enter(event.namespace)
+    node = _find_node(state, restoring, event.pool, event.node, event.namespace)
+    written = dict(zip(event.workers.tolist(), event.written.tolist(), strict=True))
+    state.sequences[event.sequence] = Sequence(
+        event.sequence,
+        event.owner,
+        event.pool,
+        event.namespace,
+        bytearray(event.tokens),
+        node,
+        event.published,
+        written,
+        event.handoff,
+        bool(event.sealed),
+        event.holds,
+    )
+    state.tables.open(event.sequence, event.pool, event.length, event.pages)
+    pool.share(event.pages.tolist())
+
+
+def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restoring) -> None:
+    handoff = Handoff(
+        event.handoff,
+        event.sequence,
+        event.namespace,
+        event.owner,
+        event.source,
+        event.target,
+        HandoffState(event.state),
+        event.version,
+        event.length,
+        event.source_pages.tolist(),
+        event.source_indexed,
+        None,
+        event.target_shared,
+        event.target_pages.tolist(),
+        None,
+        dict.fromkeys(event.pulled.tolist()),
+    )
+    state.handoffs[event.handoff] = handoff
+    if handoff.source_pages:
+        state.pools[event.source].share(handoff.source_pages)
+        if event.source_node:
+            handoff.source_node = restoring.nodes[event.source, event.source_node]
+    if handoff.target_pages:
+        state.pools[event.target].share(handoff.target_pages)
+        state.pools[event.target].prefix.enter(event.namespace)
+        handoff.target_node = _find_node(state, restoring, event.target, event.target_node, event.namespace)
+
+
+def _client_restored(state: State, event: ev.ClientRestored, _: Restoring) -> None:
+    notices = [Notice(*row) for row in msgpack.unpackb(event.notices)]
+    state.clients[event.client] = Client(event.client, event.number, event.version, event.reply, notices)
+
+
+_APPLY: dict[type, Callable[[State, Any], None]] = {
+    ev.PoolAdded: _pool_added,
+    ev.WorkerJoined: _worker_joined,
+    ev.WorkerAcked: _worker_acked,
+    ev.SequencesWritten: _sequences_written,
+    ev.WorkerFenced: _worker_fenced,
+    ev.WorkerDead: _worker_dead,
+    ev.SequenceOpened: _sequence_opened,
+    ev.SequencesGrown: _sequences_grown,
+    ev.GrownAgain: _grown_again,
+    ev.TokensAppended: _tokens_appended,
+    ev.PagesPublished: _pages_published,
+    ev.SequenceClosed: _sequence_closed,
+    ev.PagesEvicted: _pages_evicted,
+    ev.PagesReleased: _pages_released,
+    ev.IndexDropped: _index_dropped,
+    ev.HandoffBegun: _handoff_begun,
+    ev.HandoffSealed: _handoff_sealed,
+    ev.HandoffReserving: _handoff_reserving,
+    ev.HandoffMoving: _handoff_moving,
+    ev.HandoffPulled: _handoff_pulled,
+    ev.HandoffResident: _handoff_resident,
+    ev.HandoffAborted: _handoff_aborted,
+    ev.HandoffEnded: _handoff_ended,
+    ev.ClientAnswered: _client_answered,
+    ev.ClientForgotten: _client_forgotten,
+}
+
+_RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
+    ev.StateRestored: _state_restored,
+    ev.PoolRestored: _pool_restored,
+    ev.WorkerRestored: _worker_restored,
+    ev.NodeRestored: _node_restored,
+    ev.LruRestored: _lru_restored,
+    ev.SequenceRestored: _sequence_restored,
+    ev.HandoffRestored: _handoff_restored,
+    ev.ClientRestored: _client_restored,
+}

@@ -1,0 +1,282 @@
+"""Commands: what clients and workers ask for. Frozen values, typed and bounded when they are made, whoever makes them.
+
+`KVManager` and `KVClient` build the same objects, so bad input gets the same InvalidValue, naming the field, with or without a wire.
+On the wire a command is a map `{"t": kind, field: value}`; unknown fields are ignored (a newer client may send more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from kvmanager.config import check_int, check_name
+from kvmanager.errors import BadMessage, InvalidValue
+
+__all__ = ["Ack", "Command", "Join", "Open", "Step", "Tick", "WorkerGone", "as_tokens", "command_from_wire", "command_to_wire"]
+
+INT64_MAX = 2**63 - 1
+TENANT_BYTES_MAX = 256
+MEMORY_BYTES_MAX = 4096
+Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
+
+
+def _as_ints(name: str, value: object, dtype: str, low: int, high: int) -> np.ndarray:
+    """1-D array of ints within low..high, from an array, a sequence of ints or little-endian bytes. The result is not aliased."""
+    kind = np.dtype(dtype)
+    if isinstance(value, bytes):
+        if len(value) % kind.itemsize:
+            raise InvalidValue(name, f"bytes in multiples of {kind.itemsize}", f"{len(value)} bytes")
+        array = np.frombuffer(value, kind)
+    else:
+        if not isinstance(value, (np.ndarray, list, tuple, range)):
+            raise InvalidValue(name, "an int array, a list of ints or little-endian bytes", type(value).__name__)
+        try:
+            array = np.array(value) if len(value) else np.zeros(0, kind)
+        except (ValueError, OverflowError):
+            raise InvalidValue(name, f"ints in {low}..{high}", "values that make no int array") from None
+        if array.dtype == object or array.dtype.kind not in "iu" or array.ndim != 1:
+            shown = "ints beyond 64 bits" if array.dtype == object and array.ndim == 1 else f"{array.dtype} of {array.ndim} dimensions"
+            raise InvalidValue(name, f"one dimension of ints in {low}..{high}", shown)
+    if len(array):
+        smallest, largest = int(array.min()), int(array.max())
+        if smallest < low or largest > high:
+            raise InvalidValue(name, f"ints in {low}..{high}", smallest if smallest < low else largest)
+    return array.astype(kind)
+
+
+def as_tokens(name: str, value: object) -> np.ndarray:
+    """Token ids as int32 [n]; each in 0..2**31-1."""
+    return _as_ints(name, value, "<i4", 0, 2**31 - 1)
+
+
+def _as_ids(name: str, value: object) -> np.ndarray:
+    return _as_ints(name, value, "<i8", 1, INT64_MAX)
+
+
+def _check_bytes(name: str, value: object, longest: int) -> bytes:
+    if isinstance(value, str):
+        value = value.encode()
+    if not isinstance(value, bytes) or len(value) > longest:
+        raise InvalidValue(name, f"at most {longest} bytes", f"{len(value)} bytes" if isinstance(value, bytes) else type(value).__name__)
+    return value
+
+
+def _check_list(name: str, value: object) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise InvalidValue(name, "a list", type(value).__name__)
+    return list(value)
+
+
+def _pair(name: str, value: object) -> tuple[Any, Any]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise InvalidValue(name, "a pair", repr(value)[:80])
+    return value[0], value[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Open:
+    """Open a sequence.
+
+    tokens   prompt token ids, int32 [n], n >= 1
+    pool     name of the pool that will compute it
+    tenant   salt: sequences of different tenants never share pages (at most 256 bytes)
+    extra    whatever else must be equal to share, such as a LoRA id or an image hash (at most 256 bytes)
+    chunk    slots to reserve at once beyond the cached tokens, capped at the rest of the prompt; 0 reserves none
+
+    At least the prompt's last token is never taken from the cache: somebody has to compute its logits.
+    """
+
+    tokens: Any
+    pool: str
+    tenant: bytes = b""
+    extra: bytes = b""
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        tokens = as_tokens("open.tokens", self.tokens)
+        if not len(tokens):
+            raise InvalidValue("open.tokens", "at least one token", "none")
+        object.__setattr__(self, "tokens", tokens)
+        check_name("open.pool", self.pool)
+        object.__setattr__(self, "tenant", _check_bytes("open.tenant", self.tenant, TENANT_BYTES_MAX))
+        object.__setattr__(self, "extra", _check_bytes("open.extra", self.extra, TENANT_BYTES_MAX))
+        check_int("open.chunk", self.chunk, 0, 1 << 24)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One scheduler step for the whole batch, in this order: close, abort, tokens, hand_off, grow, open.
+
+    close        sequence ids, int64
+    abort        handoff ids, int64
+    tokens       (sequence id, token ids) pairs: ids of decoded tokens, appended after those known
+    hand_off     (sequence id, target pool name) pairs
+    grow         sequence ids, int64, each once
+    grow_counts  slots for each, int64, >= 1; None is one each
+    opens        Open objects
+
+    Running sequences come before new ones: if pages run out, opens are refused first. An item that cannot be done is listed in the
+    reply and harms no other; a value that is malformed rejects the whole step and changes nothing.
+    """
+
+    opens: Any = ()
+    grow: Any = ()
+    grow_counts: Any = None
+    close: Any = ()
+    tokens: Any = ()
+    hand_off: Any = ()
+    abort: Any = ()
+
+    def __post_init__(self) -> None:
+        opens = _check_list("step.opens", self.opens)
+        for item in opens:
+            if not isinstance(item, Open):
+                raise InvalidValue("step.opens", "Open objects", type(item).__name__)
+        grow = _as_ids("step.grow", self.grow)
+        if self.grow_counts is None:
+            counts = np.ones(len(grow), np.int64)
+        else:
+            counts = _as_ints("step.grow_counts", self.grow_counts, "<i8", 1, 1 << 24)
+        if len(counts) != len(grow):
+            raise InvalidValue("step.grow_counts", f"{len(grow)} counts, one for each sequence", len(counts))
+        if len(grow) > 1 and len(np.unique(grow)) != len(grow):
+            raise InvalidValue("step.grow", "each sequence once", "a sequence twice")
+        tokens = []
+        for number, item in enumerate(_check_list("step.tokens", self.tokens)):
+            sequence, ids = _pair(f"step.tokens[{number}]", item)
+            tokens.append((check_int(f"step.tokens[{number}]", sequence, 1, INT64_MAX), as_tokens(f"step.tokens[{number}]", ids)))
+        hand_off = []
+        for number, item in enumerate(_check_list("step.hand_off", self.hand_off)):
+            sequence, pool = _pair(f"step.hand_off[{number}]", item)
+            hand_off.append((check_int(f"step.hand_off[{number}]", sequence, 1, INT64_MAX), check_name(f"step.hand_off[{number}]", pool)))
+        for name, value in (
+            ("opens", opens),
+            ("grow", grow),
+            ("grow_counts", counts),
+            ("close", _as_ids("step.close", self.close)),
+            ("tokens", tokens),
+            ("hand_off", hand_off),
+            ("abort", _as_ids("step.abort", self.abort)),
+        ):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A worker with fresh page memory joins a pool.
+
+    layout    fingerprint of its latent layout; the first worker's becomes the pool's
+    memory    how peers reach its pages, opaque to the manager (at most 4096 bytes)
+    lease_ms  acknowledge at least this often or be fenced; 0 takes the manager's default
+    """
+
+    name: str
+    pool: str
+    layout: str
+    memory: bytes = b""
+    lease_ms: int = 0
+
+    def __post_init__(self) -> None:
+        check_name("join.name", self.name)
+        check_name("join.pool", self.pool)
+        check_name("join.layout", self.layout)
+        object.__setattr__(self, "memory", _check_bytes("join.memory", self.memory, MEMORY_BYTES_MAX))
+        check_int("join.lease_ms", self.lease_ms, 0, 86_400_000)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ack:
+    """A worker has finished every step up to `version` and will refuse any that it has not seen yet.
+
+    ids, tokens   int64 [n]: sequence ids[i] is written up to tokens[i]
+    pulled        handoff ids whose pages have arrived and were verified
+    """
+
+    worker: int
+    version: int
+    ids: Any = ()
+    tokens: Any = ()
+    pulled: Any = ()
+
+    def __post_init__(self) -> None:
+        check_int("ack.worker", self.worker, 1, INT64_MAX)
+        check_int("ack.version", self.version, 0, INT64_MAX)
+        ids, tokens = _as_ids("ack.ids", self.ids), _as_ints("ack.tokens", self.tokens, "<i8", 0, 1 << 24)
+        if len(ids) != len(tokens):
+            raise InvalidValue("ack.tokens", f"{len(ids)} lengths, one for each sequence", len(tokens))
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "pulled", _as_ids("ack.pulled", self.pulled))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """The worker is known to touch nothing any more: its process was reaped, or it drained. A silent one is not known to be gone."""
+
+    worker: int
+
+    def __post_init__(self) -> None:
+        check_int("gone.worker", self.worker, 1, INT64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes: leases that ended are noticed."""
+
+
+Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick
+_KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick}
+_NAMES = {cls: kind for kind, cls in _KINDS.items()}
+_FIELDS = {cls: tuple(cls.__dataclass_fields__) for cls in (*_KINDS.values(), Open)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if isinstance(value, Open):
+        return {name: _plain(getattr(value, name)) for name in _FIELDS[Open]}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def command_to_wire(command: Command) -> dict[str, Any]:
+    """The map that `command_from_wire` turns back; empty fields are left out."""
+    wire: dict[str, Any] = {"t": _NAMES[type(command)]}
+    for name in _FIELDS[type(command)]:
+        value = getattr(command, name)
+        if isinstance(value, (np.ndarray, list, tuple, bytes)) and not len(value):
+            continue
+        wire[name] = _plain(value)
+    if isinstance(command, Step) and len(command.grow_counts) and (command.grow_counts == 1).all():
+        del wire["grow_counts"]  # the steady decode step
+    return wire
+
+
+def command_from_wire(wire: object) -> Command:
+    """The command in a decoded message. Raises BadMessage or InvalidValue; allocates nothing that the message did not hold."""
+    if not isinstance(wire, Mapping):
+        raise BadMessage(f"command: expected a map, got {type(wire).__name__}")
+    kind = wire.get("t")
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise BadMessage(f"command: expected t to be one of {', '.join(_KINDS)}, got {kind!r}"[:200])
+    values = {name: wire[name] for name in _FIELDS[cls] if name in wire}
+    if cls is Step:
+        values["opens"] = [_open_from_wire(item) for item in _check_list("step.opens", values.get("opens", []))]
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise BadMessage(f"command {kind}: {error}"[:200]) from None
+
+
+def _open_from_wire(wire: object) -> Open:
+    if not isinstance(wire, Mapping):
+        raise InvalidValue("step.opens", "maps", type(wire).__name__)
+    try:
+        return Open(**{name: wire[name] for name in _FIELDS[Open] if name in wire})
+    except TypeError as error:
+        raise BadMessage(f"open: {error}"[:200]) from None

@@ -1,0 +1,128 @@
+"""Configuration of a manager: its pools and every bound it keeps. Frozen values, checked once, opening nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvmanager.errors import InvalidValue
+
+__all__ = ["ManagerConfig", "PoolConfig", "check_int", "check_name", "config_from_mapping"]
+
+PAGE_SIZES = tuple(range(16, 129, 16))
+MAX_SLOTS = 1 << 20  # sequence ids carry their table slot in 20 bits
+
+
+def check_int(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int within low..high, or InvalidValue naming the field. bool is not an int here."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidValue(name, f"an int in {low}..{high}", repr(value))
+    return value
+
+
+def check_name(name: str, value: object, longest: int = 64, allow_empty: bool = False) -> str:
+    """`value` as printable text of 1..longest characters, or InvalidValue naming the field."""
+    if not isinstance(value, str) or len(value) > longest or (not value and not allow_empty) or not value.isprintable():
+        raise InvalidValue(name, f"printable text of {0 if allow_empty else 1}..{longest} characters", repr(value)[:80])
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """Pages of one group of workers that hold the same bytes under the same ids.
+
+    name        how commands name the pool
+    num_pages   pages in the pool, 1..2**31-1
+    page_size   token slots a page: a multiple of 16 in 16..128
+    group       pools that may serve the same request share a group
+    workers     tensor-parallel workers that hold copies; the pool is ready once that many are alive
+    layout      fingerprint of the latent layout; "" takes that of the first worker to join
+    """
+
+    name: str
+    num_pages: int
+    page_size: int = 64
+    group: str = "default"
+    workers: int = 1
+    layout: str = ""
+
+    def __post_init__(self) -> None:
+        check_name("pool.name", self.name)
+        check_name("pool.group", self.group)
+        check_int("pool.num_pages", self.num_pages, 1, 2**31 - 1)
+        if isinstance(self.page_size, bool) or self.page_size not in PAGE_SIZES:
+            raise InvalidValue("pool.page_size", "a multiple of 16 in 16..128", repr(self.page_size))
+        check_int("pool.workers", self.workers, 1, 1024)
+        check_name("pool.layout", self.layout, allow_empty=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerConfig:
+    """What one manager owns and every bound it keeps.
+
+    sequences_max        open sequences at once
+    sequence_tokens_max  tokens of one sequence
+    batch_max            items of one kind (opens, grows, ...) in one step
+    workers_max, clients_max, handoffs_max   entries in those tables; the oldest idle client is forgotten when its table is full
+    message_bytes_max    one message on the wire
+    lease_ms             a worker that does not acknowledge for this long is fenced
+    heartbeat_ms         an idle publisher says where it stands this often
+    """
+
+    pools: tuple[PoolConfig, ...]
+    sequences_max: int = 4096
+    sequence_tokens_max: int = 1 << 20
+    batch_max: int = 4096
+    workers_max: int = 256
+    clients_max: int = 1024
+    handoffs_max: int = 4096
+    message_bytes_max: int = 64 << 20
+    lease_ms: int = 10_000
+    heartbeat_ms: int = 200
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pools, tuple) or not 1 <= len(self.pools) <= 1024:
+            raise InvalidValue("pools", "1..1024 pools", len(self.pools) if isinstance(self.pools, tuple) else repr(self.pools)[:80])
+        names = [pool.name for pool in self.pools]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidValue("pools", "distinct names", name)
+        check_int("sequences_max", self.sequences_max, 1, MAX_SLOTS)
+        check_int("sequence_tokens_max", self.sequence_tokens_max, 1, 1 << 24)
+        check_int("batch_max", self.batch_max, 1, MAX_SLOTS)
+        check_int("workers_max", self.workers_max, 1, 1 << 16)
+        check_int("clients_max", self.clients_max, 1, 1 << 16)
+        check_int("handoffs_max", self.handoffs_max, 1, 1 << 20)
+        check_int("message_bytes_max", self.message_bytes_max, 4096, 1 << 30)
+        check_int("lease_ms", self.lease_ms, 10, 86_400_000)
+        check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)
+
+
+def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:
+    allowed = {item.name for item in fields(cls)}
+    for key in values:
+        if key not in allowed:
+            raise InvalidValue(f"{where}.{key}", f"one of {', '.join(sorted(allowed))}", "an unknown key")
+    try:
+        return cls(**values)
+    except InvalidValue as error:
+        raise InvalidValue(f"{where}: {error.field}", str(error.details["expected"]), error.details["got"]) from None
+    except TypeError as error:  # a required key is missing
+        raise InvalidValue(where, "all required keys (name, num_pages)", str(error)) from None
+
+
+def config_from_mapping(values: Mapping[str, Any]) -> ManagerConfig:
+    """A config as read from TOML or JSON: `{"pools": [{"name": ..., "num_pages": ...}, ...], "lease_ms": ...}`.
+
+    Raises InvalidValue naming the table, the key and the limit.
+    """
+    pools = values.get("pools")
+    if not isinstance(pools, list) or not pools:
+        raise InvalidValue("config.pools", "a list of at least one table", repr(pools)[:80])
+    built = []
+    for number, pool in enumerate(pools):
+        if not isinstance(pool, Mapping):
+            raise InvalidValue(f"config.pools[{number}]", "a table", repr(pool)[:80])
+        built.append(_build(f"config.pools[{number}]", PoolConfig, pool))
+    return _build("config", ManagerConfig, {**values, "pools": tuple(built)})

@@ -1,0 +1,472 @@
+"""decide: what a command makes happen, as events. Reads the state, never writes it; all choices are made here.
+
+An item of a step that cannot be done becomes a refusal in the reply. A command that cannot be done at all raises a KVError, and
+nothing has changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from kvmanager import events as ev
+from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone
+from kvmanager.draft import Draft
+from kvmanager.errors import (
+    BadMessage,
+    InvalidValue,
+    KVError,
+    LayoutMismatch,
+    OutOfPages,
+    PoolNotReady,
+    SequenceTooLarge,
+    TooMany,
+    Unknown,
+    WrongState,
+)
+from kvmanager.handoff import HandoffState
+from kvmanager.pool import Pool
+from kvmanager.sequences import SLOT_BITS
+from kvmanager.state import State, encode_namespace
+from kvmanager.tables import div_ceil
+
+__all__ = ["Decision", "decide"]
+
+TOKEN_BYTES = 4
+
+
+class Decision(NamedTuple):
+    """The batch to journal, apply and publish, or None for a request that was answered before; and the reply's bytes."""
+
+    batch: ev.EventBatch | None
+    reply: bytes
+
+
+def decide(state: State, command: Command, now_ms: int, client: int, number: int) -> Decision:
+    """Decide one command of a client. The same number again gets the same reply and changes nothing."""
+    record = state.clients.get(client)
+    if record is not None and number <= record.number:
+        if number == record.number:
+            return Decision(None, record.reply)
+        raise BadMessage(f"request number: expected above {record.number}, got {number}")
+    draft = Draft(state)
+    if isinstance(command, Step):
+        _settle_pages(draft)  # before the step takes pages: what it evicts must not be what is being published
+    reply = _DECIDERS[type(command)](draft, command, max(now_ms, state.now_ms), client)
+    if not isinstance(command, Step):
+        _settle_pages(draft)
+    _settle_handoffs(draft)
+    notices = record.notices if record is not None else []
+    if notices:
+        reply["notices"] = [list(notice) for notice in notices]
+    reply["version"] = draft.version
+    data = msgpack.packb(reply, use_bin_type=True)
+    if record is None and len(state.clients) >= state.config.clients_max:
+        draft.events.append(ev.ClientForgotten(next(iter(state.clients))))
+    draft.events.append(ev.ClientAnswered(client, number, len(notices), data))
+    return Decision(ev.EventBatch(state.epoch, draft.version, now_ms, draft.events), data)
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------------------
+
+
+def _join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any]:
+    state = draft.state
+    pool = state.pool(command.pool)
+    if len(state.workers) >= state.config.workers_max:
+        raise TooMany("workers", state.config.workers_max)
+    if len(state.live_workers(pool.index)) >= pool.workers_expected:
+        raise WrongState("pool", pool.name, f"at most {pool.workers_expected} live workers", "one more")
+    if pool.layout and command.layout != pool.layout:
+        raise LayoutMismatch(f"pool {pool.name}", pool.layout, command.layout)
+    if pool.prefix.node_of or any(sequence.pool == pool.index for sequence in state.sequences.values()):
+        # Fresh memory beside pages that hold something: this worker would read garbage.
+        raise WrongState("pool", pool.name, "an empty pool for a worker with fresh memory", "cached pages or open sequences")
+    lease_ms = command.lease_ms or state.config.lease_ms
+    draft.events.append(ev.WorkerJoined(state.next_worker, command.name, pool.index, command.layout, command.memory, lease_ms))
+    return {"worker": state.next_worker, "lease_ms": lease_ms}
+
+
+def _ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]:
+    state = draft.state
+    worker = state.worker(command.worker)
+    if command.version > state.version:
+        raise InvalidValue("ack.version", f"at most {state.version}, the newest there is", command.version)
+    draft.events.append(ev.WorkerAcked(command.worker, command.version))
+    draft.acks[command.worker] = command.version
+    ids, lengths = [], []
+    for sequence_id, tokens in zip(command.ids.tolist(), command.tokens.tolist(), strict=True):
+        sequence = state.sequences.get(sequence_id)
+        if sequence is None or sequence.pool != worker.pool:
+            continue  # closed or moved since: the worker could not know
+        length = state.tables.length(sequence_id)
+        if tokens > length:
+            raise InvalidValue("ack.tokens", f"at most the {length} tokens of sequence {sequence_id}", tokens)
+        ids.append(sequence_id)
+        lengths.append(tokens)
+        draft.written.setdefault(sequence_id, {})[command.worker] = tokens
+    if ids:
+        draft.events.append(ev.SequencesWritten(command.worker, np.array(ids, np.int64), np.array(lengths, np.int64)))
+    for handoff_id in dict.fromkeys(command.pulled.tolist()):
+        _pulled(draft, handoff_id, command.worker, worker.pool)
+    return {}
+
+
+def _gone(draft: Draft, command: WorkerGone, now_ms: int, client: int) -> dict[str, Any]:
+    worker = draft.state.workers.get(command.worker)
+    if worker is None:
+        raise Unknown("worker", command.worker)
+    lost = [] if worker.fenced else _lose_pool(draft, worker.pool, f"worker {worker.name} is dead")
+    draft.dead[command.worker] = None
+    draft.events.append(ev.WorkerDead(command.worker))
+    return {"lost": lost}
+
+
+def _tick(draft: Draft, command: Tick, now_ms: int, client: int) -> dict[str, Any]:
+    for worker in draft.state.workers.values():
+        if not worker.fenced and now_ms > worker.deadline_ms:
+            _lose_pool(draft, worker.pool, f"worker {worker.name} stopped acknowledging")
+            draft.fenced[worker.worker_id] = None
+            draft.events.append(ev.WorkerFenced(worker.worker_id))
+    return {}
+
+
+def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
+    """The memory of a pool is gone, or a worker that is not to be trusted holds it: nothing in it may be found again."""
+    state = draft.state
+    for handoff in state.handoffs.values():
+        if pool in (handoff.source, handoff.target) and handoff.state is not HandoffState.ABORTED:
+            _abort(draft, handoff.handoff_id, reason)
+    lost = [sequence.sequence_id for sequence in state.sequences.values() if sequence.pool == pool and draft.alive(sequence.sequence_id)]
+    for sequence_id in lost:
+        draft.closed[sequence_id] = None
+        draft.events.append(ev.SequenceClosed(sequence_id, 1))
+    if state.pools[pool].prefix.node_of:
+        draft.events.append(ev.IndexDropped(pool))
+    return lost
+
+
+# --- one scheduler step ----------------------------------------------------------------------------------------------------------
+
+
+def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, Any]:
+    limit = draft.state.config.batch_max
+    for name in ("opens", "grow", "close", "tokens", "hand_off", "abort"):
+        if len(getattr(command, name)) > limit:
+            raise InvalidValue(f"step.{name}", f"at most {limit} items", len(getattr(command, name)))
+    reply: dict[str, Any] = {}
+    refused: list[list[Any]] = []
+
+    def attempt(kind: str, index: int, call: Any, *args: Any) -> Any:
+        try:
+            return call(draft, *args)
+        except KVError as error:
+            refused.append([kind, index, error.code, error.text, error.details])
+            return None
+
+    for index, sequence_id in enumerate(command.close.tolist()):
+        attempt("close", index, _close, sequence_id)
+    for index, handoff_id in enumerate(command.abort.tolist()):
+        attempt("abort", index, _abort_asked, handoff_id)
+    for index, (sequence_id, tokens) in enumerate(command.tokens):
+        attempt("tokens", index, _append_tokens, sequence_id, tokens)
+    if command.hand_off:
+        reply["handoffs"] = [
+            attempt("hand_off", index, _hand_off, sequence_id, pool) or 0 for index, (sequence_id, pool) in enumerate(command.hand_off)
+        ]
+    if len(command.grow):
+        _grow(draft, command, refused)
+    if command.opens:
+        reply["opened"] = [attempt("open", index, _open, item, client) for index, item in enumerate(command.opens)]
+    if refused:
+        reply["refused"] = refused
+    return reply
+
+
+def _close(draft: Draft, sequence_id: int) -> None:
+    if not draft.alive(sequence_id):
+        raise Unknown("sequence", sequence_id)
+    sequence = draft.state.sequences[sequence_id]
+    if sequence.handoff and sequence.handoff not in draft.aborted:
+        _abort(draft, sequence.handoff, "the sequence was closed")
+    draft.closed[sequence_id] = None
+    draft.slots.push([sequence_id & ((1 << SLOT_BITS) - 1)])
+    draft.events.append(ev.SequenceClosed(sequence_id, 0))
+
+
+def _append_tokens(draft: Draft, sequence_id: int, tokens: np.ndarray) -> None:
+    if not draft.alive(sequence_id):
+        raise Unknown("sequence", sequence_id)
+    known = len(draft.state.sequences[sequence_id].tokens) // TOKEN_BYTES
+    limit = draft.state.config.sequence_tokens_max
+    if known + len(tokens) > limit:
+        raise InvalidValue("step.tokens", f"at most {limit} tokens a sequence", known + len(tokens))
+    draft.events.append(ev.TokensAppended(sequence_id, tokens))
+
+
+def _check_ready(draft: Draft, pool: Pool) -> None:
+    live = draft.live_workers(pool.index)
+    fenced = len(draft.state.pool_workers[pool.index]) - len(live)
+    if len(live) < pool.workers_expected or fenced:
+        raise PoolNotReady(pool.name, pool.workers_expected, len(live), fenced)
+
+
+def _grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
+    """One event for all; a sequence that cannot grow is refused alone."""
+    state, tables = draft.state, draft.state.tables
+    ids, counts = command.grow, command.grow_counts
+
+    def refuse(index: int, error: KVError) -> None:
+        refused.append(["grow", index, error.code, error.text, error.details])
+
+    keep = tables.known(ids)
+    if draft.closed:
+        keep &= ~np.isin(ids, np.fromiter(draft.closed, np.int64))
+    for index in np.flatnonzero(~keep).tolist():
+        refuse(index, Unknown("sequence", int(ids[index])))
+    sealed = [handoff for handoff in state.handoffs.values() if handoff.state not in (HandoffState.PREFILLING, HandoffState.ABORTED)]
+    if sealed:
+        held = {handoff.sequence_id: handoff for handoff in sealed if handoff.handoff_id not in draft.aborted}
+        for index in np.flatnonzero(keep & np.isin(ids, np.fromiter(held, np.int64))).tolist():
+            keep[index] = False
+            state_name = held[int(ids[index])].state.name.lower()
+            refuse(index, WrongState("sequence", int(ids[index]), "one that is not being handed off", state_name))
+    positions = np.flatnonzero(keep)
+    rows = tables.rows(ids[positions])
+    lengths = tables.lengths[rows] + counts[positions]
+    sizes = np.array([pool.page_size for pool in state.pools], np.int64)[tables.pools[rows]]
+    needed = -(-lengths // sizes) - tables.page_counts[rows]
+    long = lengths > state.config.sequence_tokens_max
+    page_counts = np.zeros(len(ids), np.int64)
+    pages: list[int] = []
+    wanted: dict[int, int] = {}  # pool -> pages
+    granted: list[tuple[int, int, int]] = []
+    supply: dict[int, int] = {}
+    for at in np.flatnonzero((needed > 0) | long).tolist():
+        index, pool = int(positions[at]), state.pools[int(tables.pools[rows[at]])]
+        total = int(tables.page_counts[rows[at]] + max(needed[at], 0))
+        if long[at]:
+            refuse(index, InvalidValue("step.grow", f"at most {state.config.sequence_tokens_max} tokens a sequence", int(lengths[at])))
+        elif total > pool.num_pages:
+            refuse(index, SequenceTooLarge(pool.name, total, pool.num_pages))
+        else:
+            count = int(needed[at])
+            if pool.index not in supply:
+                asked = int(needed[(needed > 0) & (tables.pools[rows] == pool.index)].sum())
+                supply[pool.index] = draft.pool(pool.index).can_take(asked)
+            if wanted.get(pool.index, 0) + count <= supply[pool.index]:
+                wanted[pool.index] = wanted.get(pool.index, 0) + count
+                granted.append((index, pool.index, count))
+                continue
+            free = supply[pool.index] - wanted.get(pool.index, 0)
+            refuse(index, OutOfPages(pool.name, count, free, pool.quarantined))
+        keep[index] = False
+    # All evictions are logged before the growth itself, and pages leave each stack in the order of the sequences.
+    taken = {pool: iter(draft.pool(pool).take(count)) for pool, count in wanted.items()}
+    for index, owner, count in granted:
+        page_counts[index] = count
+        pages += [next(taken[owner]) for _ in range(count)]
+    if not keep.any():
+        return
+    if keep.all():
+        same = not granted and np.array_equal(ids, tables.last_ids) and np.array_equal(counts, tables.last_counts)
+        draft.events.append(ev.GrownAgain() if same else ev.SequencesGrown(ids, counts, page_counts, np.array(pages, np.int32)))
+    else:
+        draft.events.append(ev.SequencesGrown(ids[keep], counts[keep], page_counts[keep], np.array(pages, np.int32)))
+    draft.grown.update(dict.fromkeys(ids[keep].tolist()) if state.handoffs else {})
+
+
+def _open(draft: Draft, command: Open, client: int) -> list[int]:
+    """[sequence id, cached tokens, length]"""
+    state = draft.state
+    pool = state.pool(command.pool)
+    _check_ready(draft, pool)
+    count = len(command.tokens)
+    if count > state.config.sequence_tokens_max:
+        raise InvalidValue("open.tokens", f"at most {state.config.sequence_tokens_max} tokens", count)
+    if div_ceil(count, pool.page_size) > pool.num_pages:
+        raise SequenceTooLarge(pool.name, div_ceil(count, pool.page_size), pool.num_pages)
+    if not len(draft.slots):
+        raise TooMany("sequences", state.config.sequences_max)
+    pages = draft.pool(pool.index)
+    namespace = encode_namespace(command.tenant, command.extra)
+    found = pages.match(namespace, command.tokens.tobytes(), (count - 1) // pool.page_size)
+    cached = found.pages()
+    length = min(len(cached) * pool.page_size + command.chunk, count)
+    needed = div_ceil(length, pool.page_size) - len(cached)
+    pinned = pages.pin(found.nodes)
+    available = pages.can_take(needed)
+    if available < needed:
+        pages.unpin(pinned)
+        raise OutOfPages(pool.name, needed, available, pool.quarantined)
+    fresh = pages.take(needed)
+    opened_before = sum(isinstance(event, ev.SequenceOpened) for event in draft.events)
+    sequence_id = (state.next_generation + opened_before) << SLOT_BITS | draft.slots.pop(1)[0]
+    as_array = np.array(cached, np.int32), np.array(fresh, np.int32)
+    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, *as_array, length))
+    return [sequence_id, len(cached) * pool.page_size, length]
+
+
+# --- handoff ---------------------------------------------------------------------------------------------------------------------
+
+
+def _hand_off(draft: Draft, sequence_id: int, target_name: str) -> int:
+    state = draft.state
+    if not draft.alive(sequence_id):
+        raise Unknown("sequence", sequence_id)
+    sequence = state.sequences[sequence_id]
+    begun = [event for event in draft.events if isinstance(event, ev.HandoffBegun)]
+    active = sequence.handoff if sequence.handoff not in draft.aborted else 0
+    if active or any(event.sequence == sequence_id for event in begun):
+        raise WrongState("sequence", sequence_id, "one without an active handoff", f"handoff {active}")
+    target, source = state.pool(target_name), state.pools[sequence.pool]
+    if target is source:
+        raise InvalidValue("step.hand_off", f"a pool other than {source.name}, where the sequence is", target.name)
+    if target.page_size != source.page_size:
+        raise InvalidValue("step.hand_off", f"a pool of page_size {source.page_size}", f"{target.name} with {target.page_size}")
+    if source.layout and target.layout and source.layout != target.layout:
+        raise LayoutMismatch(f"handoff from pool {source.name} to {target.name}", source.layout, target.layout)
+    _check_ready(draft, target)
+    if len(state.handoffs) + len(begun) >= state.config.handoffs_max:
+        raise TooMany("handoffs", state.config.handoffs_max)
+    handoff_id = state.next_handoff + len(begun)
+    draft.events.append(ev.HandoffBegun(handoff_id, sequence_id, target.index))
+    return handoff_id
+
+
+def _abort_asked(draft: Draft, handoff_id: int) -> None:
+    handoff = draft.state.handoff(handoff_id)
+    if handoff.state is HandoffState.ABORTED or handoff_id in draft.aborted:
+        raise WrongState("handoff", handoff_id, "one that is not over", "aborted")
+    _abort(draft, handoff_id, "asked for by the client")
+
+
+def _abort(draft: Draft, handoff_id: int, reason: str) -> None:
+    draft.aborted[handoff_id] = None
+    draft.events.append(ev.HandoffAborted(handoff_id, reason))
+
+
+def _pulled(draft: Draft, handoff_id: int, worker: int, pool: int) -> None:
+    """A worker reports its pull. A report for a handoff that is over, or was never this worker's, changes nothing."""
+    handoff = draft.state.handoffs.get(handoff_id)
+    if handoff is None or handoff.state is not HandoffState.MOVING or handoff.target != pool or worker in handoff.pulled:
+        return
+    draft.events.append(ev.HandoffPulled(handoff_id, worker))
+    if all(each in handoff.pulled or each == worker for each in draft.live_workers(pool)):
+        draft.resident[handoff_id] = None
+        draft.events.append(ev.HandoffResident(handoff_id))
+
+
+def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: HandoffState) -> None:
+    """Carry a handoff as far as it goes now: prefilling to sealed to reserving to moving."""
+    state = draft.state
+    sequence = state.sequences[sequence_id]
+    if at is HandoffState.PREFILLING:
+        if sequence_id in draft.grown or draft.written_tokens(sequence) < state.tables.length(sequence_id):
+            return
+        draft.events.append(ev.HandoffSealed(handoff_id))
+    length = state.tables.length(sequence_id)
+    pool = state.pools[target]
+    total = int(state.tables.page_counts[state.tables.row(sequence_id)])
+    if total > pool.num_pages:
+        _abort(draft, handoff_id, str(SequenceTooLarge(pool.name, total, pool.num_pages)))
+        return
+    pages = draft.pool(target)
+    tokens = bytes(sequence.tokens[: length * TOKEN_BYTES])
+    found = pages.match(sequence.namespace, tokens, length // pool.page_size)
+    shared = found.pages()
+    pinned = pages.pin(found.nodes)
+    if pages.can_take(total - len(shared)) < total - len(shared):
+        pages.unpin(pinned)
+        if at is not HandoffState.RESERVING:
+            draft.events.append(ev.HandoffReserving(handoff_id))
+        return
+    fresh = pages.take(total - len(shared))
+    draft.events.append(ev.HandoffMoving(handoff_id, np.array(shared, np.int32), np.array(fresh, np.int32)))
+
+
+# --- what follows from any command -----------------------------------------------------------------------------------------------
+
+
+def _settle_pages(draft: Draft) -> None:
+    """Pages leave quarantine, and the index learns of pages that have been written."""
+    for pool in draft.state.pools:
+        if pool.quarantine:
+            _release(draft, pool)
+    _publish(draft)
+
+
+def _settle_handoffs(draft: Draft) -> None:
+    """Handoffs go on as far as they can; aborted ones end once nobody can be reading for them."""
+    state = draft.state
+    for handoff in state.handoffs.values():
+        if handoff.state is HandoffState.ABORTED and draft.acked(handoff.target) >= handoff.version:
+            draft.events.append(ev.HandoffEnded(handoff.handoff_id))
+    waiting = (HandoffState.PREFILLING, HandoffState.SEALED, HandoffState.RESERVING)
+    for handoff in state.handoffs.values():
+        if handoff.state in waiting and handoff.handoff_id not in draft.aborted:
+            _advance(draft, handoff.handoff_id, handoff.sequence_id, handoff.target, handoff.state)
+    for event in list(draft.events):
+        if isinstance(event, ev.HandoffBegun):
+            _advance(draft, event.handoff, event.sequence, event.target, HandoffState.PREFILLING)
+
+
+def _release(draft: Draft, pool: Pool) -> None:
+    acked = draft.acked(pool.index)
+    serials, pages = [], []
+    for serial, entry in pool.quarantine.items():
+        if entry.version > acked:
+            break  # entries are in order of version
+        serials.append(serial)
+        pages += entry.pages
+    if serials:
+        draft.events.append(ev.PagesReleased(pool.index, np.array(serials, np.int64)))
+        draft.pool(pool.index).free.push(pages)
+
+
+def _publish(draft: Draft) -> None:
+    """Pages that are full, acknowledged by every worker and of known tokens enter the prefix index.
+
+    Two sequences that attach the same page at the same place in one batch cannot both be decided against a state that has neither:
+    the second waits for the next command.
+    """
+    state = draft.state
+    attached: set[tuple[Any, int, bytes]] = set()
+    candidates: dict[int, None] = {}
+    for pool in state.pools:
+        candidates.update(pool.publishable)
+    candidates.update(dict.fromkeys(draft.written))
+    for sequence_id in candidates:
+        if not draft.alive(sequence_id) or state.sequences[sequence_id].holds:
+            continue
+        sequence = state.sequences[sequence_id]
+        pool = state.pools[sequence.pool]
+        step = pool.prefix.page_bytes
+        first = sequence.published
+        last = min(draft.written_tokens(sequence), len(sequence.tokens) // TOKEN_BYTES) // pool.page_size
+        if last <= first:
+            continue
+        pages = state.tables.pages_of(sequence_id)[first:last].tolist()
+        tokens = bytes(sequence.tokens[first * step : last * step])
+        node, at = sequence.node, 0
+        end: tuple[Any, int] = (node, len(node.pages))
+        while at < len(pages):
+            key = tokens[at * step : (at + 1) * step]
+            child = node.children.get(key) if end[1] == len(node.pages) else None
+            if child is None:
+                if (*end, key) in attached:
+                    pages = pages[:at]
+                else:
+                    attached.add((*end, key))
+                break
+            count = min(pool.prefix.equal_pages(child, tokens, at * step), len(pages) - at)
+            pages[at : at + count] = child.pages[:count]
+            draft.pool(pool.index).pin([child])
+            node, at, end = child, at + count, (child, count)
+        if pages:
+            draft.events.append(ev.PagesPublished(sequence_id, first, np.array(pages, np.int32)))
+
+
+_DECIDERS: dict[type, Any] = {Step: _step, Join: _join, Ack: _ack, WorkerGone: _gone, Tick: _tick}

@@ -1,0 +1,161 @@
+"""Draft: what a command being decided has already spoken for, laid over a state that stays as it is.
+
+`decide` must not write, and yet the tenth item of a step has to see what the first nine took. A draft keeps that difference: pages
+popped and pushed, nodes trimmed or pinned, acknowledgements that just came in. It is thrown away with the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kvmanager import events as ev
+from kvmanager.pool import Pool
+from kvmanager.prefix import Match, Node
+from kvmanager.sequences import Sequence
+from kvmanager.state import NEVER, State
+
+__all__ = ["Draft", "PoolDraft", "StackDraft"]
+
+
+class StackDraft:
+    """A stack as it will be: pops come from what was pushed here first, then from the base, which stays untouched."""
+
+    def __init__(self, base: list[int]) -> None:
+        self.base = base
+        self.left = len(base)
+        self.pushed: list[int] = []
+
+    def __len__(self) -> int:
+        return self.left + len(self.pushed)
+
+    def push(self, values: list[int]) -> None:
+        self.pushed.extend(values)
+
+    def pop(self, count: int) -> list[int]:
+        """`count` values, the top first. The caller has checked that there are so many."""
+        from_pushed = min(count, len(self.pushed))
+        taken = self.pushed[len(self.pushed) - from_pushed :][::-1]
+        del self.pushed[len(self.pushed) - from_pushed :]
+        rest = count - from_pushed
+        taken += self.base[self.left - rest : self.left][::-1]
+        self.left -= rest
+        return taken
+
+
+class PoolDraft:
+    """Pages of one pool under a command: the free stack, and which cached pages give way."""
+
+    def __init__(self, pool: Pool, acked: int, events: list[Any]) -> None:
+        self.pool = pool
+        self.acked = acked
+        self.events = events
+        self.free = StackDraft(pool.free)
+        self.trimmed: dict[Node, int] = {}  # pages that remain of a node
+        self.pinned: dict[Node, None] = {}  # matched by this command: not to be evicted by it
+        self.evictable = pool.counts().cached  # an upper bound that makes hopeless searches cheap
+
+    def match(self, namespace: bytes, tokens: bytes, pages_max: int) -> Match:
+        return self.pool.prefix.match(namespace, tokens, pages_max, self.trimmed)
+
+    def pin(self, nodes: list[Node]) -> list[Node]:
+        """Keep these nodes; gives those that were not kept before, so that the caller can take it back."""
+        fresh = [node for node in nodes if node not in self.pinned]
+        self.pinned.update(dict.fromkeys(fresh))
+        return fresh
+
+    def unpin(self, nodes: list[Node]) -> None:
+        for node in nodes:
+            del self.pinned[node]
+
+    def _victims(self) -> Iterator[tuple[Node, int]]:
+        """(node, pages that may go) in least-recently-used order; leaves come before their parents by construction of `lru`.
+
+        A page is safe to reuse only if every worker has acknowledged the version in which it lost its last owner: until then a step
+        in flight may read it.
+        """
+        for node in self.pool.prefix.lru:
+            if node.last_used > self.acked:
+                return  # the order is by last use, so all that follow are newer still
+            left = self.trimmed.get(node, len(node.pages))
+            if left and node not in self.pinned:
+                yield node, left
+
+    def can_take(self, count: int) -> int:
+        """How many of `count` pages could be had now, by evicting if need be."""
+        have = len(self.free)
+        if have >= count:
+            return count
+        if self.evictable > 0:
+            for _, left in self._victims():
+                have += left
+                if have >= count:
+                    return count
+        return have
+
+    def take(self, count: int) -> list[int]:
+        """`count` pages, after `can_take` said so; logs what has to be evicted for them."""
+        short = count - len(self.free)
+        if short > 0:
+            evicted: list[int] = []
+            for node, left in self._victims():
+                gone = min(short - len(evicted), left)
+                evicted += node.pages[left - gone : left][::-1]  # the run's end first
+                self.trimmed[node] = left - gone
+                if len(evicted) == short:
+                    break
+            self.evictable -= short
+            self.free.push(evicted)
+            self.events.append(ev.PagesEvicted(self.pool.index, np.array(evicted, np.int32)))
+        return self.free.pop(count)
+
+
+class Draft:
+    """The difference between the state and what it will be once the events decided so far are applied."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.version = state.version + 1
+        self.events: list[Any] = []
+        self.slots = StackDraft(state.free_slots)
+        self.acks: dict[int, int] = {}  # worker -> version
+        self.dead: dict[int, None] = {}
+        self.fenced: dict[int, None] = {}
+        self.written: dict[int, dict[int, int]] = {}  # sequence -> worker -> tokens
+        self.closed: dict[int, None] = {}
+        self.grown: dict[int, None] = {}
+        self.aborted: dict[int, None] = {}
+        self.resident: dict[int, None] = {}
+        self._pools: dict[int, PoolDraft] = {}
+
+    def pool(self, index: int) -> PoolDraft:
+        found = self._pools.get(index)
+        if found is None:
+            found = self._pools[index] = PoolDraft(self.state.pools[index], self.acked(index), self.events)
+        return found
+
+    def acked(self, pool: int) -> int:
+        """As State.acked, with what this command brings."""
+        workers = self.state.workers
+        return min(
+            (max(workers[each].acked, self.acks.get(each, 0)) for each in self.state.pool_workers[pool] if each not in self.dead),
+            default=NEVER,
+        )
+
+    def live_workers(self, pool: int) -> list[int]:
+        return [each for each in self.state.live_workers(pool) if each not in self.dead and each not in self.fenced]
+
+    def written_tokens(self, sequence: Sequence) -> int:
+        """As State.written, with what this command brings."""
+        news = self.written.get(sequence.sequence_id)
+        if news is None:
+            return self.state.written(sequence)
+        return min(
+            (max(sequence.written.get(each, 0), news.get(each, 0)) for each in self.live_workers(sequence.pool)),
+            default=0,
+        )
+
+    def alive(self, sequence_id: int) -> bool:
+        return sequence_id in self.state.sequences and sequence_id not in self.closed

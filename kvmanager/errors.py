@@ -1,0 +1,194 @@
+"""Errors that others cause, each with a wire code and the numbers that explain it.
+
+A `KVError` crosses the wire as `{code, text, details}` and is raised again on the client as the same class, so a caller writes one
+`except` for the embedded manager and for the client. `InvariantBroken` is the exception: it is this project's own fault.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "BadMessage",
+    "Fenced",
+    "InvalidValue",
+    "InvariantBroken",
+    "KVError",
+    "LayoutMismatch",
+    "ManagerUnreachable",
+    "OutOfPages",
+    "PoolNotReady",
+    "ReplicaGap",
+    "SequenceTooLarge",
+    "StaleStep",
+    "TooMany",
+    "Unknown",
+    "WrongState",
+    "error_from_wire",
+]
+
+
+class KVError(Exception):
+    """Base of every error that a caller, a worker or a peer can cause. `details` holds plain ints and strings."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, text: str, **details: int | str) -> None:
+        super().__init__(text)
+        self.text = text
+        self.details: dict[str, Any] = details
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"code": self.code, "text": self.text, "details": self.details}
+
+
+class InvalidValue(KVError):
+    """A field has the wrong type or lies outside its limits. Raised before anything is allocated."""
+
+    code = "invalid_value"
+
+    def __init__(self, field: str, expected: str, got: object) -> None:
+        super().__init__(f"{field}: expected {expected}, got {got}", field=field, expected=expected, got=str(got)[:200])
+        self.field = field
+
+
+class BadMessage(KVError):
+    """Bytes from the wire are not a message of this protocol. Costs its sender this reply and nobody else anything."""
+
+    code = "bad_message"
+
+
+class Unknown(KVError):
+    """An id names nothing that is alive: a sequence that was closed or lost, a worker that left, a pool never configured."""
+
+    code = "unknown"
+
+    def __init__(self, kind: str, ident: object) -> None:
+        super().__init__(f"{kind}: {ident} is not known (never opened, closed, or lost)", kind=kind, ident=str(ident)[:200])
+
+
+class WrongState(KVError):
+    """The thing exists, and cannot do this now: growing a sealed sequence, handing off one that is being handed off."""
+
+    code = "wrong_state"
+
+    def __init__(self, kind: str, ident: object, expected: str, got: str) -> None:
+        super().__init__(f"{kind} {ident}: expected {expected}, got {got}", kind=kind, ident=str(ident)[:200], expected=expected, got=got)
+
+
+class OutOfPages(KVError):
+    """The pool has too few pages now; more come back by closing sequences or when workers acknowledge (`quarantined`)."""
+
+    code = "out_of_pages"
+
+    def __init__(self, pool: str, needed: int, free: int, quarantined: int) -> None:
+        super().__init__(
+            f"pool {pool}: expected {needed} free pages, got {free} (free or evictable; {quarantined} more wait for acknowledgements)",
+            pool=pool,
+            needed=needed,
+            free=free,
+            quarantined=quarantined,
+        )
+
+
+class SequenceTooLarge(KVError):
+    """The sequence could not fit its pool even if it were alone. Refused at once: waiting would never help."""
+
+    code = "sequence_too_large"
+
+    def __init__(self, pool: str, needed: int, total: int) -> None:
+        super().__init__(f"pool {pool}: expected at most {total} pages, got a sequence of {needed}", pool=pool, needed=needed, total=total)
+
+
+class TooMany(KVError):
+    """A bounded table (sequences, workers, clients, handoffs) is full."""
+
+    code = "too_many"
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(f"{what}: expected at most {limit}", what=what, limit=limit)
+
+
+class PoolNotReady(KVError):
+    """The pool has fewer live workers than its config asks for, or one that is fenced and not yet known dead."""
+
+    code = "pool_not_ready"
+
+    def __init__(self, pool: str, expected: int, live: int, fenced: int) -> None:
+        super().__init__(
+            f"pool {pool}: expected {expected} live workers, got {live} live and {fenced} fenced",
+            pool=pool,
+            expected=expected,
+            live=live,
+            fenced=fenced,
+        )
+
+
+class LayoutMismatch(KVError):
+    """Two memories do not hold the same bytes for the same tokens: fingerprints differ."""
+
+    code = "layout_mismatch"
+
+    def __init__(self, what: str, expected: str, got: str) -> None:
+        super().__init__(f"{what}: expected layout {expected}, got {got}", what=what, expected=expected, got=got)
+
+
+class Fenced(KVError):
+    """The worker's lease ended or its epoch is void: it must stop touching pages, drain and join again."""
+
+    code = "fenced"
+
+
+class StaleStep(KVError):
+    """A worker was asked to run a step at or below a version it already acknowledged; its pages may be somebody else's by now."""
+
+    code = "stale_step"
+
+    def __init__(self, version: int, acked: int) -> None:
+        super().__init__(f"step: expected a version above {acked} (acknowledged), got {version}", version=version, acked=acked)
+
+
+class ReplicaGap(KVError):
+    """A replica missed a batch, or its digest differs: it must load a snapshot, never guess."""
+
+    code = "replica_gap"
+
+
+class ManagerUnreachable(KVError):
+    """No reply within the time limit. The command may or may not have been applied: sending the same number again is safe."""
+
+    code = "manager_unreachable"
+
+
+class InvariantBroken(Exception):
+    """Our own fault: the books do not add up. Carries the numbers; never caught inside this project."""
+
+
+_BY_CODE: dict[str, type[KVError]] = {
+    cls.code: cls
+    for cls in (
+        InvalidValue,
+        BadMessage,
+        Unknown,
+        WrongState,
+        OutOfPages,
+        SequenceTooLarge,
+        TooMany,
+        PoolNotReady,
+        LayoutMismatch,
+        Fenced,
+        StaleStep,
+        ReplicaGap,
+        ManagerUnreachable,
+    )
+}
+
+
+def error_from_wire(code: str, text: str, details: dict[str, Any]) -> KVError:
+    """The error a reply describes, as the class that `code` names; an unknown code gives a plain `KVError`."""
+    cls = _BY_CODE.get(code, KVError)
+    error = cls.__new__(cls)  # its __init__ would rebuild the text from arguments that did not travel
+    KVError.__init__(error, text, **{str(key): value for key, value in details.items() if isinstance(value, (int, str))})
+    if isinstance(error, InvalidValue):
+        error.field = str(details.get("field", ""))
+    return error

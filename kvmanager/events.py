@@ -1,0 +1,403 @@
+"""Events: the only thing that changes state. A batch of them is one version; its bytes are journaled, applied and published.
+
+Each event is a NamedTuple with a fixed code and fixed fields. On the wire it is `[code, *fields]` in msgpack; arrays are little-endian
+bytes. A code or a field that a reader does not know is an error, never skipped: skipping would make it diverge silently. So a new
+meaning gets a new event, and fields are never added to an old one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_type_hints
+
+import msgpack
+import numpy as np
+
+from kvmanager.errors import BadMessage
+
+__all__ = ["EventBatch", "decode_batch", "encode_batch"]
+
+I32 = np.dtype("<i4")
+I64 = np.dtype("<i8")
+
+
+class Ints32(np.ndarray):
+    """Annotation only: an int32 array field."""
+
+
+class Ints64(np.ndarray):
+    """Annotation only: an int64 array field."""
+
+
+class PoolAdded(NamedTuple):
+    pool: int
+    name: str
+    group: str
+    num_pages: int
+    page_size: int
+    workers: int
+    layout: str
+
+
+class WorkerJoined(NamedTuple):
+    """A worker with fresh memory. `memory` says how others reach it: opaque bytes here, a peer's business."""
+
+    worker: int
+    name: str
+    pool: int
+    layout: str
+    memory: bytes
+    lease_ms: int
+
+
+class WorkerAcked(NamedTuple):
+    """The worker has finished, or will refuse, every step up to `version`. Renews its lease."""
+
+    worker: int
+    version: int
+
+
+class SequencesWritten(NamedTuple):
+    """The worker has written sequence ids[i] up to tokens[i]."""
+
+    worker: int
+    ids: Ints64
+    tokens: Ints64
+
+
+class WorkerFenced(NamedTuple):
+    """Its lease ended: its acknowledgements are void, its pages stay held until it is known dead."""
+
+    worker: int
+
+
+class WorkerDead(NamedTuple):
+    """Known dead (its process was reaped) or known to have drained: it touches nothing any more."""
+
+    worker: int
+
+
+class SequenceOpened(NamedTuple):
+    """`cached` pages come from the prefix index; `fresh` ones make room for tokens up to `length`, which the workers are to write.
+
+    A step for the workers if there is anything to write.
+    """
+
+    sequence: int
+    owner: int
+    pool: int
+    namespace: bytes
+    tokens: Ints32
+    cached: Ints32
+    fresh: Ints32
+    length: int
+
+
+class SequencesGrown(NamedTuple):
+    """Lengths grow by counts[i]; page_counts[i] of `pages` are appended to sequence i's table. A step for the workers."""
+
+    ids: Ints64
+    counts: Ints64
+    page_counts: Ints64
+    pages: Ints32
+
+
+class GrownAgain(NamedTuple):
+    """The same ids and counts as the last SequencesGrown, nobody needing a page: the steady decode step."""
+
+
+class TokensAppended(NamedTuple):
+    """Token ids of decoded tokens become known, after those known so far."""
+
+    sequence: int
+    tokens: Ints32
+
+
+class PagesPublished(NamedTuple):
+    """Pages [first, first + len(pages)) of the sequence are now the index's; ids may be those of equal pages already there."""
+
+    sequence: int
+    first: int
+    pages: Ints32
+
+
+class SequenceClosed(NamedTuple):
+    """reason: 0 finished, 1 lost with its pool's memory."""
+
+    sequence: int
+    reason: int
+
+
+class PagesEvicted(NamedTuple):
+    pool: int
+    pages: Ints32
+
+
+class PagesReleased(NamedTuple):
+    """Quarantine entries, by serial, whose pages are free now."""
+
+    pool: int
+    serials: Ints64
+
+
+class IndexDropped(NamedTuple):
+    """The pool's memory is gone or no longer trusted: nothing cached in it may be found."""
+
+    pool: int
+
+
+class HandoffBegun(NamedTuple):
+    handoff: int
+    sequence: int
+    target: int
+
+
+class HandoffSealed(NamedTuple):
+    handoff: int
+
+
+class HandoffReserving(NamedTuple):
+    handoff: int
+
+
+class HandoffMoving(NamedTuple):
+    """`shared` are pages that the target already has; `fresh` are to be pulled into."""
+
+    handoff: int
+    shared: Ints32
+    fresh: Ints32
+
+
+class HandoffPulled(NamedTuple):
+    handoff: int
+    worker: int
+
+
+class HandoffResident(NamedTuple):
+    handoff: int
+
+
+class HandoffAborted(NamedTuple):
+    handoff: int
+    reason: str
+
+
+class HandoffEnded(NamedTuple):
+    """Nobody can be reading the source pages of an aborted handoff any more."""
+
+    handoff: int
+
+
+class ClientAnswered(NamedTuple):
+    """The client's request `number` got `reply`; a repetition gets the same bytes. The first `notices` of its notices are delivered."""
+
+    client: int
+    number: int
+    notices: int
+    reply: bytes
+
+
+class ClientForgotten(NamedTuple):
+    client: int
+
+
+# Snapshot events: they build a state from nothing.
+
+
+class StateRestored(NamedTuple):
+    next_generation: int
+    next_worker: int
+    next_handoff: int
+    free_slots: Ints64
+    last_ids: Ints64
+    last_counts: Ints64
+
+
+class PoolRestored(NamedTuple):
+    pool: int
+    free: Ints32
+    next_serial: int
+    serials: Ints64
+    versions: Ints64
+    sizes: Ints64
+    pages: Ints32
+    publishable: Ints64
+
+
+class WorkerRestored(NamedTuple):
+    worker: int
+    acked: int
+    deadline_ms: int
+    fenced: int
+
+
+class NodeRestored(NamedTuple):
+    """Parents come first. `node` is the node's number in this pool's snapshot, parent 0 the namespace's root."""
+
+    pool: int
+    node: int
+    parent: int
+    namespace: bytes
+    tokens: bytes
+    pages: Ints32
+    refs: int
+    last_used: int
+
+
+class LruRestored(NamedTuple):
+    pool: int
+    nodes: Ints64
+
+
+class SequenceRestored(NamedTuple):
+    sequence: int
+    owner: int
+    pool: int
+    namespace: bytes
+    tokens: bytes
+    length: int
+    pages: Ints32
+    published: int
+    node: int
+    workers: Ints64
+    written: Ints64
+    handoff: int
+    sealed: int
+    holds: int
+
+
+class HandoffRestored(NamedTuple):
+    handoff: int
+    sequence: int
+    namespace: bytes
+    owner: int
+    source: int
+    target: int
+    state: int
+    version: int
+    length: int
+    source_pages: Ints32
+    source_indexed: int
+    source_node: int
+    target_shared: int
+    target_pages: Ints32
+    target_node: int
+    pulled: Ints64
+
+
+class ClientRestored(NamedTuple):
+    client: int
+    number: int
+    version: int
+    reply: bytes
+    notices: bytes
+
+
+# The code is the place in this list: append only.
+EVENTS: tuple[type, ...] = (
+    PoolAdded,
+    WorkerJoined,
+    WorkerAcked,
+    SequencesWritten,
+    WorkerFenced,
+    WorkerDead,
+    SequenceOpened,
+    SequencesGrown,
+    GrownAgain,
+    TokensAppended,
+    PagesPublished,
+    SequenceClosed,
+    PagesEvicted,
+    PagesReleased,
+    IndexDropped,
+    HandoffBegun,
+    HandoffSealed,
+    HandoffReserving,
+    HandoffMoving,
+    HandoffPulled,
+    HandoffResident,
+    HandoffAborted,
+    HandoffEnded,
+    ClientAnswered,
+    ClientForgotten,
+    StateRestored,
+    PoolRestored,
+    WorkerRestored,
+    NodeRestored,
+    LruRestored,
+    SequenceRestored,
+    HandoffRestored,
+    ClientRestored,
+)
+_CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
+
+
+def _pack_array(dtype: np.dtype) -> Any:
+    return lambda value: np.ascontiguousarray(value, dtype).tobytes()
+
+
+def _unpack_array(dtype: np.dtype) -> Any:
+    def unpack(value: object) -> np.ndarray:
+        if not isinstance(value, bytes) or len(value) % dtype.itemsize:
+            raise BadMessage(f"event: expected bytes of {dtype.name}, got {type(value).__name__}")
+        return np.frombuffer(value, dtype)
+
+    return unpack
+
+
+def _expect(kind: type) -> Any:
+    def check(value: object) -> object:
+        if type(value) is not kind:
+            raise BadMessage(f"event: expected {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    return check
+
+
+_PACK: dict[type, Any] = {int: int, str: str, bytes: bytes, Ints32: _pack_array(I32), Ints64: _pack_array(I64)}
+_UNPACK: dict[type, Any] = {
+    int: _expect(int),
+    str: _expect(str),
+    bytes: _expect(bytes),
+    Ints32: _unpack_array(I32),
+    Ints64: _unpack_array(I64),
+}
+_PACKERS = {cls: tuple(_PACK[kind] for kind in get_type_hints(cls).values()) for cls in EVENTS}
+_UNPACKERS = {cls: tuple(_UNPACK[kind] for kind in get_type_hints(cls).values()) for cls in EVENTS}
+
+
+class EventBatch(NamedTuple):
+    """One version: what happened, when (the manager's clock in ms), in which life of the manager."""
+
+    epoch: int
+    version: int
+    now_ms: int
+    events: list[Any]
+
+
+def encode_batch(batch: EventBatch) -> bytes:
+    events = [
+        [_CODE[type(event)], *(pack(value) for pack, value in zip(_PACKERS[type(event)], event, strict=True))] for event in batch.events
+    ]
+    return msgpack.packb([batch.epoch, batch.version, batch.now_ms, events], use_bin_type=True)
+
+
+def decode_batch(data: bytes) -> EventBatch:
+    """The batch in `data`. Raises BadMessage for anything that is not exactly one."""
+    try:
+        epoch, version, now_ms, rows = msgpack.unpackb(data, raw=False, max_ext_len=0, strict_map_key=True)
+        events = []
+        for code, *values in rows:
+            if type(code) is not int or not 1 <= code <= len(EVENTS):
+                raise BadMessage(f"event: expected a code in 1..{len(EVENTS)}, got {code!r}")
+            cls = EVENTS[code - 1]
+            unpackers = _UNPACKERS[cls]
+            if len(values) != len(unpackers):
+                raise BadMessage(f"event {cls.__name__}: expected {len(unpackers)} fields, got {len(values)}")
+            events.append(cls(*(unpack(value) for unpack, value in zip(unpackers, values, strict=True))))
+    except BadMessage:
+        raise
+    except Exception as error:  # noqa: BLE001 - msgpack raises a dozen kinds; all mean the same here
+        raise BadMessage(f"event batch: {type(error).__name__}: {error}"[:300]) from None
+    if not (type(epoch) is int and type(version) is int and type(now_ms) is int):
+        raise BadMessage("event batch: expected ints for epoch, version and now_ms")
+    return EventBatch(epoch, version, now_ms, events)

@@ -1,0 +1,258 @@
+"""KVManager: the state machine embedded in the caller's process, and the surface that it shares with KVClient.
+
+One thread at a time. `Surface` builds commands and reads replies; who carries them to a state machine is the subclass's business, so
+a program moves from `KVManager(config)` to `KVClient(address)` by changing one line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from kvmanager.apply import apply
+from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, Tokens, WorkerGone
+from kvmanager.config import ManagerConfig
+from kvmanager.decide import decide
+from kvmanager.errors import KVError, error_from_wire
+from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch
+from kvmanager.invariants import check_invariants
+from kvmanager.snapshot import snapshot
+from kvmanager.state import Notice, State
+
+__all__ = ["KVManager", "Opened", "Refused", "StepReply", "Surface", "new_state", "pool_stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A sequence that was opened: tokens [0, cached_tokens) are in its pages already, slots are reserved up to `length`."""
+
+    sequence: int
+    cached_tokens: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """One item of a step that was not done: its list in the step, its place there, and why."""
+
+    kind: str
+    index: int
+    error: KVError
+
+
+@dataclass(frozen=True, slots=True)
+class StepReply:
+    """What became of a step.
+
+    version   workers run this step on tables of this version
+    opened    one for each of step.opens, None where refused
+    handoffs  handoff id for each of step.hand_off, 0 where refused
+    refused   items that were not done
+    notices   news of this client's sequences since its last reply (see Notice)
+    """
+
+    version: int
+    opened: list[Opened | None] = field(default_factory=list)
+    handoffs: list[int] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+
+    def error(self, kind: str, index: int) -> KVError | None:
+        """Why item `index` of the step's list `kind` was refused; None if it was done."""
+        return next((item.error for item in self.refused if item.kind == kind and item.index == index), None)
+
+
+def _step_reply(reply: dict[str, Any]) -> StepReply:
+    return StepReply(
+        reply["version"],
+        [Opened(*item) if item else None for item in reply.get("opened", [])],
+        reply.get("handoffs", []),
+        [Refused(kind, index, error_from_wire(*error)) for kind, index, *error in reply.get("refused", [])],
+        [Notice(*item) for item in reply.get("notices", [])],
+    )
+
+
+class Surface:
+    """The methods that the embedded manager and the client have in common. Subclasses carry commands and keep `notices` flowing."""
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []  # delivered with replies to other calls than `step`; the next `step` hands them on
+
+    def _execute(self, command: Command) -> dict[str, Any]:
+        """The decoded reply, or the KVError that the manager answered."""
+        raise NotImplementedError
+
+    def _run(self, command: Command) -> dict[str, Any]:
+        reply = self._execute(command)
+        self.notices += [Notice(*item) for item in reply.get("notices", [])]
+        return reply
+
+    # --- for schedulers ------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        *,
+        opens: Sequence[Open] = (),
+        grow: Any = (),
+        grow_counts: Any = None,
+        close: Any = (),
+        tokens: Sequence[tuple[int, Tokens]] = (),
+        hand_off: Sequence[tuple[int, str]] = (),
+        abort: Any = (),
+    ) -> StepReply:
+        """One scheduler step for the whole batch; see `commands.Step` for each argument and their order.
+
+        Raises InvalidValue if any value is malformed; nothing has changed then. Items that cannot be done are in `.refused`.
+        """
+        reply = _step_reply(self._execute(Step(tuple(opens), grow, grow_counts, close, tuple(tokens), tuple(hand_off), abort)))
+        if self.notices:
+            reply.notices[:0], self.notices = self.notices, []
+        return reply
+
+    def _one(self, kind: str, command: Step) -> dict[str, Any]:
+        reply = self._run(command)
+        for refused_kind, _, *error in reply.get("refused", []):
+            if refused_kind == kind:
+                raise error_from_wire(*error)
+        return reply
+
+    def open(self, tokens: Tokens, pool: str, *, tenant: bytes = b"", extra: bytes = b"", chunk: int = 0) -> Opened:
+        """Open one sequence; see `commands.Open`. Raises OutOfPages, SequenceTooLarge, PoolNotReady, Unknown (pool), TooMany."""
+        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk),)))
+        return Opened(*reply["opened"][0])
+
+    def grow(self, sequence: int, count: int = 1) -> int:
+        """Reserve slots for `count` more tokens of a sequence; gives the version. Raises OutOfPages, SequenceTooLarge, Unknown, WrongState."""
+        return self._one("grow", Step(grow=[sequence], grow_counts=[count]))["version"]
+
+    def append_tokens(self, sequence: int, tokens: Tokens) -> int:
+        """Make the ids of decoded tokens known, so that their pages can be shared. Raises Unknown."""
+        return self._one("tokens", Step(tokens=((sequence, tokens),)))["version"]
+
+    def close(self, sequence: int) -> int:
+        """End a sequence. Its written pages stay cached for sharing until they are evicted. Raises Unknown."""
+        return self._one("close", Step(close=[sequence]))["version"]
+
+    def hand_off(self, sequence: int, pool: str) -> int:
+        """Move a sequence to another pool; gives the handoff id. The outcome comes as a notice: resident or aborted."""
+        return self._one("hand_off", Step(hand_off=((sequence, pool),)))["handoffs"][0]
+
+    def abort(self, handoff: int) -> int:
+        """Give a handoff up; the sequence stays in its source pool. Raises Unknown if it is over."""
+        return self._one("abort", Step(abort=[handoff]))["version"]
+
+    # --- for workers and whoever watches over them ---------------------------------------------------------------------------
+
+    def join(self, name: str, pool: str, layout: str, *, memory: bytes = b"", lease_ms: int = 0) -> int:
+        """A worker with fresh memory joins a pool; gives its id. Raises LayoutMismatch, WrongState, Unknown (pool), TooMany."""
+        return self._run(Join(name, pool, layout, memory, lease_ms))["worker"]
+
+    def ack(self, worker: int, version: int, *, ids: Any = (), tokens: Any = (), pulled: Any = ()) -> int:
+        """A worker reports what it finished; see `commands.Ack`. Raises Fenced if its lease ended."""
+        return self._run(Ack(worker, version, ids, tokens, pulled))["version"]
+
+    def worker_gone(self, worker: int) -> list[int]:
+        """The worker's process is known dead, or it drained; gives the sequences that are lost with it. Raises Unknown."""
+        return self._run(WorkerGone(worker))["lost"]
+
+
+def new_state(config: ManagerConfig, epoch: int) -> tuple[State, EventBatch]:
+    """An empty state with the pools of `config`, and the batch that made it."""
+    state = State(config, epoch)
+    pools = [
+        PoolAdded(index, pool.name, pool.group, pool.num_pages, pool.page_size, pool.workers, pool.layout)
+        for index, pool in enumerate(config.pools)
+    ]
+    return state, EventBatch(epoch, 1, 0, list(pools))
+
+
+def pool_stats(state: State) -> dict[str, Any]:
+    """Counts for people and programs: pages of each pool by state, sequences, workers, handoffs."""
+    pools = {}
+    for pool in state.pools:
+        counts = pool.counts()
+        pools[pool.name] = {
+            "group": pool.group,
+            "page_size": pool.page_size,
+            "pages": {
+                "free": counts.free,
+                "used": counts.used,
+                "cached": counts.cached,
+                "quarantined": counts.quarantined,
+                "total": counts.total,
+            },
+            "sequences": sum(sequence.pool == pool.index for sequence in state.sequences.values()),
+            "workers": {str(each): state.workers[each].name for each in state.live_workers(pool.index)},
+            "fenced": {str(each): state.workers[each].name for each in state.pool_workers[pool.index] if state.workers[each].fenced},
+        }
+    handoffs = {str(handoff.handoff_id): handoff.state.name.lower() for handoff in state.handoffs.values()}
+    return {"epoch": state.epoch, "version": state.version, "pools": pools, "handoffs": handoffs}
+
+
+class KVManager(Surface):
+    """The manager as an object: decide, journal, apply, publish, reply, in that order.
+
+    config   pools and bounds
+    clock    milliseconds, never going back; tests and the simulator pass their own
+    checked  check every invariant after every batch: slow, for tests
+    """
+
+    CLIENT = 1  # the embedding program's own client id; those on the wire are random and larger
+
+    def __init__(self, config: ManagerConfig, *, clock: Callable[[], int] | None = None, epoch: int = 1, checked: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.clock = clock or (lambda: time.monotonic_ns() // 1_000_000)
+        self.checked = checked
+        self._number = 0
+        self._subscribers: list[Callable[[EventBatch, bytes], None]] = []
+        self.state, first = new_state(config, epoch)
+        self._commit(first)
+
+    def subscribe(self, callback: Callable[[EventBatch, bytes], None]) -> None:
+        """Call back with every batch from now on, decoded and as bytes, before the reply to its command is given."""
+        self._subscribers.append(callback)
+
+    def unsubscribe(self, callback: Callable[[EventBatch, bytes], None]) -> None:
+        self._subscribers.remove(callback)
+
+    def execute(self, command: Command, client: int, number: int) -> bytes:
+        """Carry out a client's request; gives the reply's bytes (msgpack). Raises KVError, with nothing changed."""
+        batch, reply = decide(self.state, command, self.clock(), client, number)
+        if batch is not None:
+            self._commit(batch)
+        return reply
+
+    def tick(self) -> None:
+        """Notice leases that have ended. The server calls this by itself; an embedding program calls it every now and then."""
+        now = self.clock()
+        if any(not worker.fenced and now > worker.deadline_ms for worker in self.state.workers.values()) or any(
+            pool.quarantine for pool in self.state.pools
+        ):
+            self._number += 1
+            self.execute(Tick(), self.CLIENT, self._number)
+
+    def stats(self) -> dict[str, Any]:
+        """Pages of each pool by state, workers, handoffs; see `pool_stats`."""
+        return pool_stats(self.state)
+
+    def snapshot(self) -> bytes:
+        """The state as the bytes of one event batch."""
+        return encode_batch(snapshot(self.state))
+
+    def _execute(self, command: Command) -> dict[str, Any]:
+        self._number += 1
+        return msgpack.unpackb(self.execute(command, self.CLIENT, self._number), strict_map_key=False)
+
+    def _commit(self, batch: EventBatch) -> None:
+        data = encode_batch(batch)
+        batch = decode_batch(data)  # what is applied here is what everybody else reads, to the last byte
+        apply(self.state, batch)
+        if self.checked:
+            check_invariants(self.state)
+        for callback in self._subscribers:
+            callback(batch, data)

@@ -1,0 +1,184 @@
+"""Sequences: `Tables` is what manager and replicas share (block tables, lengths), `Sequence` what only the manager needs.
+
+`Tables` keeps columns, not objects, so that a decode step of hundreds of sequences is a few numpy calls. A sequence id is
+`generation << 20 | slot`: the slot is its row, the generation makes an id that was closed never valid again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvmanager.errors import InvariantBroken, Unknown
+from kvmanager.prefix import Node
+from kvmanager.tables import BatchTables
+
+__all__ = ["SLOT_BITS", "Sequence", "Tables", "slot_of"]
+
+SLOT_BITS = 20
+_SLOT_MASK = (1 << SLOT_BITS) - 1
+
+
+def slot_of(sequence_id: int) -> int:
+    """Table row of a sequence id."""
+    return sequence_id & _SLOT_MASK
+
+
+@dataclass(slots=True)
+class Sequence:
+    """The manager's view of one open sequence, beside its row in `Tables`.
+
+    tokens      known token ids, little-endian int32, from token 0 on; may be shorter or longer than the length
+    published   leading pages that belong to the prefix index (shared or shareable)
+    node        where in the index those pages end
+    written     tokens that each worker of the pool has acknowledged as written
+    handoff     the active handoff, 0 if none; sealed sequences do not grow
+    holds       handoffs that still hold the source pages: their ids must not be swapped
+    """
+
+    sequence_id: int
+    owner: int
+    pool: int
+    namespace: bytes
+    tokens: bytearray
+    node: Node
+    published: int = 0
+    written: dict[int, int] = field(default_factory=dict)
+    handoff: int = 0
+    sealed: bool = False
+    holds: int = 0
+
+
+class Tables:
+    """Block tables and lengths of all open sequences, changed only by applying events."""
+
+    def __init__(self) -> None:
+        self.ids = np.zeros(64, np.int64)  # 0: the row is free
+        self.pools = np.zeros(64, np.int32)
+        self.lengths = np.zeros(64, np.int64)
+        self.page_counts = np.zeros(64, np.int64)
+        self.pages = np.full((64, 8), -1, np.int32)
+        self.last_ids = np.zeros(0, np.int64)  # of the last grow: a step that repeats it needs no ids on the wire
+        self.last_counts = np.zeros(0, np.int64)
+
+    def rows(self, sequence_ids: np.ndarray) -> np.ndarray:
+        """Rows of int64 ids; raises Unknown for the first that is not open."""
+        rows = sequence_ids & _SLOT_MASK
+        inside = rows < len(self.ids)
+        known = inside & (self.ids[np.where(inside, rows, 0)] == sequence_ids) & (sequence_ids > 0)
+        if not known.all():
+            raise Unknown("sequence", int(sequence_ids[int(np.argmin(known))]))
+        return rows
+
+    def known(self, sequence_ids: np.ndarray) -> np.ndarray:
+        """bool [n]: which ids are open."""
+        rows = sequence_ids & _SLOT_MASK
+        inside = rows < len(self.ids)
+        return inside & (self.ids[np.where(inside, rows, 0)] == sequence_ids) & (sequence_ids > 0)
+
+    def row(self, sequence_id: int) -> int:
+        slot = sequence_id & _SLOT_MASK
+        if sequence_id <= 0 or slot >= len(self.ids) or self.ids[slot] != sequence_id:
+            raise Unknown("sequence", sequence_id)
+        return slot
+
+    def length(self, sequence_id: int) -> int:
+        return int(self.lengths[self.row(sequence_id)])
+
+    def pages_of(self, sequence_id: int) -> np.ndarray:
+        """The block table: int32 page ids in token order (a copy)."""
+        row = self.row(sequence_id)
+        return self.pages[row, : self.page_counts[row]].copy()
+
+    def open_ids(self) -> np.ndarray:
+        """Ids of all open sequences, ascending by row."""
+        return self.ids[self.ids > 0]
+
+    def batch(self, sequence_ids: np.ndarray, version: int, page_size: int) -> BatchTables:
+        """Tables of one batch in the order of `sequence_ids` (int64); see BatchTables for shapes."""
+        rows = self.rows(sequence_ids)
+        counts = self.page_counts[rows]
+        indptr = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        width = int(counts.max()) if len(counts) else 0
+        table = self.pages[rows, :width]
+        page_ids = table[np.arange(width) < counts[:, None]]
+        return BatchTables(version, page_size, self.lengths[rows].astype(np.int32), page_ids, indptr)
+
+    # --- changes: called by apply only ---------------------------------------------------------------------------------------
+
+    def _reserve(self, slots: int, width: int) -> None:
+        have_slots, have_width = self.pages.shape
+        if slots <= have_slots and width <= have_width:
+            return
+        new_slots = max(have_slots, 1 << (slots - 1).bit_length())
+        new_width = max(have_width, 1 << (width - 1).bit_length())
+        pages = np.full((new_slots, new_width), -1, np.int32)
+        pages[:have_slots, :have_width] = self.pages
+        self.pages = pages
+        if new_slots > have_slots:
+            grow = new_slots - have_slots
+            self.ids = np.concatenate([self.ids, np.zeros(grow, np.int64)])
+            self.pools = np.concatenate([self.pools, np.zeros(grow, np.int32)])
+            self.lengths = np.concatenate([self.lengths, np.zeros(grow, np.int64)])
+            self.page_counts = np.concatenate([self.page_counts, np.zeros(grow, np.int64)])
+
+    def open(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
+        slot = slot_of(sequence_id)
+        self._reserve(slot + 1, max(1, len(pages)))
+        if self.ids[slot]:
+            raise InvariantBroken(f"sequence {sequence_id}: row {slot} already holds {int(self.ids[slot])}")
+        self.ids[slot] = sequence_id
+        self.place(sequence_id, pool, length, pages)
+
+    def place(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
+        """Give an open sequence another table: at open, and when a handoff makes it resident elsewhere."""
+        row = self.row(sequence_id)
+        self._reserve(row + 1, max(1, len(pages)))
+        self.pools[row] = pool
+        self.lengths[row] = length
+        self.page_counts[row] = len(pages)
+        self.pages[row, : len(pages)] = pages
+        self.pages[row, len(pages) :] = -1
+
+    def grow(self, sequence_ids: np.ndarray, counts: np.ndarray, page_counts: np.ndarray, pages: np.ndarray) -> None:
+        """Lengths += counts; `page_counts[i]` of `pages` are appended to sequence i's table."""
+        rows = self.rows(sequence_ids)
+        self.lengths[rows] += counts
+        self.last_ids, self.last_counts = sequence_ids, counts
+        at = 0
+        for index in np.flatnonzero(page_counts):
+            row, count = int(rows[index]), int(page_counts[index])
+            have = int(self.page_counts[row])
+            self._reserve(0, have + count)
+            self.pages[row, have : have + count] = pages[at : at + count]
+            self.page_counts[row] = have + count
+            at += count
+
+    def grow_again(self) -> None:
+        """The same sequences by the same counts as the last grow, none of them needing a page."""
+        self.lengths[self.rows(self.last_ids)] += self.last_counts
+
+    def swap(self, sequence_id: int, first: int, pages: np.ndarray) -> None:
+        """Replace table entries [first, first + len(pages)): published pages may be another sequence's equal ones."""
+        self.pages[self.row(sequence_id), first : first + len(pages)] = pages
+
+    def close(self, sequence_id: int) -> None:
+        row = self.row(sequence_id)
+        self.pages[row, : self.page_counts[row]] = -1
+        self.ids[row] = self.pools[row] = self.lengths[row] = self.page_counts[row] = 0
+
+    def digest(self) -> bytes:
+        """SHA-256 over all rows in slot order: equal in manager and replica at equal versions."""
+        rows = np.flatnonzero(self.ids)
+        sha = hashlib.sha256()
+        for column in (self.ids, self.pools.astype(np.int64), self.lengths, self.page_counts):
+            sha.update(column[rows].astype("<i8").tobytes())
+        counts = self.page_counts[rows]
+        width = int(counts.max()) if len(counts) else 0
+        sha.update(self.pages[rows, :width][np.arange(width) < counts[:, None]].astype("<i4").tobytes())
+        for column in (self.last_ids, self.last_counts):
+            sha.update(column.astype("<i8").tobytes())
+        return sha.digest()

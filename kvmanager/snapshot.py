@@ -1,0 +1,121 @@
+"""Snapshot: the batch of events that builds a state from nothing, loaded by the same `apply`; and the digest made of it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from kvmanager import events as ev
+from kvmanager.apply import Restoring, apply
+from kvmanager.config import ManagerConfig
+from kvmanager.prefix import Node
+from kvmanager.state import State
+
+__all__ = ["load_snapshot", "snapshot", "state_digest"]
+
+
+def snapshot(state: State) -> ev.EventBatch:
+    """Everything in `state`, in an order that depends on content alone: equal states give equal bytes."""
+    events: list[Any] = []
+    numbers: list[dict[Node, int]] = []
+    for pool in state.pools:
+        events.append(ev.PoolAdded(pool.index, pool.name, pool.group, pool.num_pages, pool.page_size, pool.workers_expected, pool.layout))
+    for worker in state.workers.values():
+        events.append(ev.WorkerJoined(worker.worker_id, worker.name, worker.pool, worker.layout, worker.memory, worker.lease_ms))
+        events.append(ev.WorkerRestored(worker.worker_id, worker.acked, worker.deadline_ms, int(worker.fenced)))
+    for pool in state.pools:
+        numbered: dict[Node, int] = {}
+        for namespace, node in pool.prefix.walk():
+            numbered[node] = len(numbered) + 1
+            parent = numbered.get(node.parent, 0) if node.parent is not None else 0
+            events.append(
+                ev.NodeRestored(
+                    pool.index, numbered[node], parent, namespace, node.tokens, np.array(node.pages, np.int32), node.refs, node.last_used
+                )
+            )
+        numbers.append(numbered)
+        events.append(ev.LruRestored(pool.index, np.array([numbered[node] for node in pool.prefix.lru], np.int64)))
+        entries = pool.quarantine
+        events.append(
+            ev.PoolRestored(
+                pool.index,
+                np.array(pool.free, np.int32),
+                pool.next_serial,
+                np.array(list(entries), np.int64),
+                np.array([entry.version for entry in entries.values()], np.int64),
+                np.array([len(entry.pages) for entry in entries.values()], np.int64),
+                np.array([page for entry in entries.values() for page in entry.pages], np.int32),
+                np.array(list(pool.publishable), np.int64),
+            )
+        )
+    for sequence_id in sorted(state.sequences):
+        sequence = state.sequences[sequence_id]
+        events.append(
+            ev.SequenceRestored(
+                sequence_id,
+                sequence.owner,
+                sequence.pool,
+                sequence.namespace,
+                bytes(sequence.tokens),
+                state.tables.length(sequence_id),
+                state.tables.pages_of(sequence_id),
+                sequence.published,
+                numbers[sequence.pool].get(sequence.node, 0),
+                np.array(sorted(sequence.written), np.int64),
+                np.array([sequence.written[worker] for worker in sorted(sequence.written)], np.int64),
+                sequence.handoff,
+                int(sequence.sealed),
+                sequence.holds,
+            )
+        )
+    for handoff in state.handoffs.values():
+        source_node, target_node = handoff.source_node, handoff.target_node
+        events.append(
+            ev.HandoffRestored(
+                handoff.handoff_id,
+                handoff.sequence_id,
+                handoff.namespace,
+                handoff.owner,
+                handoff.source,
+                handoff.target,
+                int(handoff.state),
+                handoff.version,
+                handoff.length,
+                np.array(handoff.source_pages, np.int32),
+                handoff.source_indexed,
+                numbers[handoff.source].get(source_node, 0) if source_node is not None else 0,
+                handoff.target_shared,
+                np.array(handoff.target_pages, np.int32),
+                numbers[handoff.target].get(target_node, 0) if target_node is not None else 0,
+                np.array(list(handoff.pulled), np.int64),
+            )
+        )
+    for client in state.clients.values():
+        notices = msgpack.packb([list(notice) for notice in client.notices])
+        events.append(ev.ClientRestored(client.client_id, client.number, client.version, client.reply, notices))
+    events.append(
+        ev.StateRestored(
+            state.next_generation,
+            state.next_worker,
+            state.next_handoff,
+            np.array(state.free_slots, np.int64),
+            state.tables.last_ids,
+            state.tables.last_counts,
+        )
+    )
+    return ev.EventBatch(state.epoch, state.version, state.now_ms, events)
+
+
+def load_snapshot(config: ManagerConfig, batch: ev.EventBatch) -> State:
+    """The state that a snapshot describes."""
+    state = State(config)
+    apply(state, batch, Restoring())
+    return state
+
+
+def state_digest(state: State) -> str:
+    """SHA-256 (hex) of the snapshot's bytes: equal if and only if two states are."""
+    return hashlib.sha256(ev.encode_batch(snapshot(state))).hexdigest()

@@ -1,0 +1,146 @@
+"""The backend on the CPU against the float64 reference."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvmanager.attention.backend import MLABackend
+from kvmanager.attention.compare import Problem, assert_close, check_attention, make_problem
+from kvmanager.attention.layout import LatentLayout
+from kvmanager.errors import InvalidValue, WrongState
+from kvmanager.tables import BatchTables
+
+
+def backend_for(problem: Problem) -> MLABackend:
+    return MLABackend(problem.memory, problem.q.shape[2], problem.scale, max_tokens=512, max_batch=32, max_pages=1024)
+
+
+def run_step(problem: Problem, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    backend = backend_for(problem)
+    plan = backend.plan(problem.tables, problem.query_lens)
+    backend.write(plan, layer, problem.latent[layer])
+    out, lse = backend.decode(plan, layer, problem.q[layer, : plan.num_decode])
+    more_out, more_lse = backend.prefill(plan, layer, problem.q[layer, plan.num_decode :])
+    return torch.cat([out, more_out]), torch.cat([lse, more_lse])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rank,rope,page_size", [(512, 64, 64), (256, 32, 16), (80, 48, 48)])
+@pytest.mark.parametrize("heads", [1, 3, 63])
+def test_step_equals_the_reference(heads: int, rank: int, rope: int, page_size: int, dtype: Any) -> None:
+    """Ragged decode rows, padding, whole prompts and later chunks; NaN in all other slots, garbage behind every table."""
+    layout = LatentLayout(rank, rope, 2, page_size, dtype)
+    lengths = [1, 0, page_size - 1, page_size, page_size + 1, 200, 2, 65, 150]
+    problem = make_problem(layout, lengths, [1] * 6 + [2, 65, 33], heads, seed=heads)
+    check_attention(problem, 1, *run_step(problem, 1))
+
+
+def test_sequence_gives_the_same_bits_alone_and_in_a_batch() -> None:
+    problem = make_problem(LatentLayout(64, 32, 1, 16, "float32"), [33, 90, 7], [1, 1, 1], 5, seed=1, written=True)
+    backend = backend_for(problem)
+    out, lse = backend.decode(backend.plan(problem.tables, [1, 1, 1]), 0, problem.q[0])
+    tables = problem.tables
+    for row in range(3):
+        pages = tables.pages_of(row)
+        alone = BatchTables(1, 16, tables.lengths[row : row + 1], pages, np.array([0, len(pages)], np.int64))
+        one_out, one_lse = backend.decode(backend.plan(alone, [1]), 0, problem.q[0, row : row + 1])
+        assert torch.equal(out[row], one_out[0]) and torch.equal(lse[row], one_lse[0])
+
+
+def test_long_prefill_is_cut_into_pieces_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are held a bounded number at a time."""
+    monkeypatch.setattr("kvmanager.attention.torch_path.SCORES_MAX", 2000)
+    problem = make_problem(LatentLayout(32, 16, 1, 16, "float32"), [120], [100], 3, seed=2)
+    check_attention(problem, 0, *run_step(problem, 0))
+
+
+def test_graph_batch_gives_padded_rows_of_zero_on_the_cpu_too() -> None:
+    problem = make_problem(LatentLayout(32, 16, 1, 16, "float32"), [20], [1], 3, seed=2, written=True)
+    backend = backend_for(problem)
+    plan = backend.plan(problem.tables, [1], graph_batch=4)
+    backend.write(plan, 0, torch.zeros(4, 48))
+    out, lse = backend.decode(plan, 0, torch.randn(4, 3, 48))
+    assert (out[1:] == 0).all() and torch.isneginf(lse[1:]).all() and torch.isfinite(out).all()
+
+
+def test_steps_without_rows_have_the_right_shapes() -> None:
+    layout = LatentLayout(32, 16, 1, 16)
+    problem = make_problem(layout, [], [], 3)
+    backend = backend_for(problem)
+    plan = backend.plan(problem.tables, [])
+    backend.write(plan, 0, torch.empty(0, 48, dtype=torch.bfloat16))
+    for run in (backend.decode, backend.prefill):
+        out, lse = run(plan, 0, torch.empty(0, 3, 48, dtype=torch.bfloat16))
+        assert out.shape == (0, 3, 32) and lse.shape == (0, 3) and lse.dtype == torch.float32
+
+
+def test_older_plan_is_refused() -> None:
+    """Device buffers hold the newest plan only; the CPU says so as well."""
+    problem = make_problem(LatentLayout(32, 16, 1, 16), [5], [1], 3)
+    backend = backend_for(problem)
+    old = backend.plan(problem.tables, [1])
+    backend.plan(problem.tables, [1])
+    with pytest.raises(WrongState, match="newest"):
+        backend.write(old, 0, problem.latent[0])
+    with pytest.raises(WrongState, match="newest"):
+        backend.decode(old, 0, problem.q[0])
+
+
+def test_refused_plan_leaves_the_one_before_it_usable() -> None:
+    problem = make_problem(LatentLayout(32, 16, 1, 16), [5], [1], 3)
+    backend = backend_for(problem)
+    plan = backend.plan(problem.tables, [1])
+    with pytest.raises(InvalidValue):
+        backend.plan(problem.tables, [7])
+    backend.write(plan, 0, problem.latent[0])
+
+
+def test_wrong_tensors_are_named() -> None:
+    problem = make_problem(LatentLayout(32, 16, 2, 16), [5, 9], [1, 4], 3)
+    backend = backend_for(problem)
+    plan = backend.plan(problem.tables, [1, 4])
+    wrong = [
+        (backend.write, 0, problem.latent[0, :4], "latent"),
+        (backend.write, 0, problem.latent[0].float(), "latent"),
+        (backend.write, 0, problem.latent[0].mT.contiguous().mT, "latent"),
+        (backend.write, 2, problem.latent[0], "layer"),
+        (backend.decode, 0, problem.q[0], "q"),
+        (backend.prefill, 0, problem.q[0, 1:, :2], "q"),
+        (backend.prefill, -1, problem.q[0, 1:], "layer"),
+    ]
+    for run, layer, tensor, field in wrong:
+        with pytest.raises(InvalidValue) as caught:
+            run(plan, layer, tensor)  # type: ignore[operator]
+        assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "field,value", [("num_heads", 0), ("num_heads", 1025), ("softmax_scale", 0.0), ("softmax_scale", float("nan")), ("max_batch", 0)]
+)
+def test_wrong_backend_is_named(field: str, value: Any) -> None:
+    problem = make_problem(LatentLayout(32, 16, 1, 16), [5], [1], 3)
+    good: dict[str, Any] = {"num_heads": 3, "softmax_scale": 0.1, "max_tokens": 8, "max_batch": 8, "max_pages": 8}
+    with pytest.raises(InvalidValue) as caught:
+        MLABackend(problem.memory, **{**good, field: value})
+    assert caught.value.field == field
+
+
+def test_comparison_notices_what_it_is_there_for() -> None:
+    """A NaN, a wrong element, a token too many, -inf in the wrong row, a slot of nobody's written."""
+    problem = make_problem(LatentLayout(64, 32, 1, 16, "float32"), [40, 0], [1, 1], 3, seed=6)
+    out, lse = run_step(problem, 0)
+    check_attention(problem, 0, out, lse)
+    for index, value in (((0, 1, 5), float("nan")), ((0, 1, 5), 0.5)):
+        bad = out.clone()
+        bad[index] = value
+        with pytest.raises(AssertionError):
+            check_attention(problem, 0, bad, lse)
+    with pytest.raises(AssertionError, match="lse"):
+        check_attention(problem, 0, out, torch.where(torch.isinf(lse), 0.0, lse))
+    with pytest.raises(AssertionError, match="cosine"):
+        assert_close(out * 1.01, lse, out, lse)
+    problem.memory.pages[problem.unread.nonzero()[0, 0], 0, problem.unread.nonzero()[0, 1]] = 1
+    with pytest.raises(AssertionError, match="belongs to no sequence"):
+        check_attention(problem, 0, out, lse)

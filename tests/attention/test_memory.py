@@ -1,0 +1,175 @@
+"""Page memory, and pulling pages from another process through shared memory."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+from kvmanager.attention.layout import LatentLayout
+from kvmanager.attention.memory import PageMemory, PeerMemory
+from kvmanager.errors import InvalidValue, KVError, LayoutMismatch, WrongState
+
+LAYOUT = LatentLayout(32, 16, 3, 16, "float16")
+
+
+def segment_of(export: dict[str, Any]) -> str:
+    return f"/dev/shm/{export['name']}"
+
+
+def owner(pipe: Connection) -> None:
+    """A process that owns pages (page p holds p everywhere) until told to close them."""
+    memory = PageMemory(LAYOUT, 20)
+    memory.pages.copy_(torch.arange(20).view(20, 1, 1, 1).expand(memory.pages.shape))
+    pipe.send(memory.export())
+    pipe.recv()
+    memory.close()
+    pipe.send("closed")
+    pipe.recv()
+
+
+def reader(export: dict[str, Any]) -> None:
+    peer = PeerMemory.open(export, LAYOUT)
+    memory = PageMemory(LAYOUT, 2)
+    memory.pull(peer, [1], [0])
+    os._exit(0 if bool((memory.pages[0] == 1).all()) else 1)
+
+
+@pytest.fixture
+def remote() -> Iterator[tuple[Any, Connection, dict[str, Any]]]:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=owner, args=(there,), daemon=True)
+    process.start()
+    assert here.poll(60)
+    yield process, here, here.recv()
+    process.kill()
+    process.join()
+
+
+def test_pull_brings_exactly_the_pages_asked_for(remote: tuple[Any, Connection, dict[str, Any]]) -> None:
+    """All layers of each page, in the order given; every other page stays as it was. What crosses the pipe is plain ints, strings and bytes."""
+    _, pipe, export = remote
+    assert all(type(value) in (int, str, bytes) for value in export.values())
+    memory = PageMemory(LAYOUT, 9)
+    memory.pages.fill_(float("nan"))
+    peer = PeerMemory.open(export, LAYOUT)
+    memory.pull(peer, [19, 0, 7], [1, 8, 3])
+    memory.pull(peer, [], [])
+    for page, value in ((1, 19), (8, 0), (3, 7)):
+        assert (memory.pages[page] == value).all()
+    assert torch.isnan(memory.pages[[0, 2, 4, 5, 6, 7]]).all()
+    pipe.send("close")
+    assert pipe.recv() == "closed"
+    memory.pull(peer, [5], [0])  # the mapping outlives the owner's close; whether the pages still mean anything is the manager's to know
+    with pytest.raises(InvalidValue, match=r"^name: expected the shared memory of a live peer"):
+        PeerMemory.open(export, LAYOUT)
+    peer.close()
+    with pytest.raises(WrongState):
+        memory.pull(peer, [5], [0])
+
+
+def test_reader_that_exits_does_not_take_the_owner_s_memory_with_it() -> None:
+    """Python 3.11's SharedMemory registers what it merely attaches to, and unlinks it when the attaching process ends."""
+    memory = PageMemory(LAYOUT, 4)
+    memory.pages[1] = 1
+    export = memory.export()
+    process = multiprocessing.get_context("spawn").Process(target=reader, args=(export,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert os.path.exists(segment_of(export))
+    PeerMemory.open(export, LAYOUT).close()
+    memory.close()
+    memory.close()
+    assert not os.path.exists(segment_of(export))
+
+
+def test_segment_goes_when_the_memory_is_forgotten_and_views_stay_good() -> None:
+    """A tensor taken from the pages holds the mapping; nobody else can open it any more."""
+    memory = PageMemory(LAYOUT, 2)
+    path, view = segment_of(memory.export()), memory.layer(1)
+    view.fill_(3)
+    assert oct(os.stat(path).st_mode & 0o777) == "0o600"
+    del memory
+    assert not os.path.exists(path)
+    assert (view == 3).all()
+
+
+def test_layer_is_a_strided_view_of_page_major_memory() -> None:
+    memory = PageMemory(LAYOUT, 5)
+    assert memory.pages.shape == (5, 3, 16, 48) and memory.pages.is_contiguous()
+    assert memory.layer(2).shape == (5, 16, 48)
+    assert memory.layer(2).stride() == (3 * 16 * 48, 48, 1)
+    assert memory.pages.numel() * 2 == 5 * LAYOUT.page_bytes
+    for bad in (-1, 3):
+        with pytest.raises(InvalidValue, match=r"^layer: expected 0 to 2"):
+            memory.layer(bad)
+
+
+@pytest.mark.parametrize("num_pages", [0, -1, 2**31, 1.5, True, None])
+def test_number_of_pages_is_bounded(num_pages: Any) -> None:
+    with pytest.raises(InvalidValue, match=r"^num_pages: expected an integer from 1 to"):
+        PageMemory(LAYOUT, num_pages)
+
+
+def test_more_than_the_host_has_is_an_error_not_a_crash() -> None:
+    """A sparse segment would give SIGBUS at the first touch."""
+    with pytest.raises(InvalidValue, match=r"^num_pages: expected .* bytes to fit in /dev/shm"):
+        PageMemory(LatentLayout(512, 64, 61), 2**21)
+    assert [name for name in os.listdir("/dev/shm") if name.startswith("kvmanager-") and os.stat(f"/dev/shm/{name}").st_size > 2**40] == []
+
+
+@pytest.mark.parametrize(
+    "src,dst,field",
+    [
+        ([4], [0], "src_page_ids"), ([-1], [0], "src_page_ids"), ([0], [3], "dst_page_ids"), ([0], [2**40], "dst_page_ids"),
+        ([0, 1], [0], "dst_page_ids"), ([0, 1], [2, 2], "dst_page_ids"), ([0.5], [0], "src_page_ids"), ([[0]], [0], "src_page_ids"),
+    ],
+)  # fmt: skip
+def test_pull_refuses_ids_that_are_not_pages(src: Any, dst: Any, field: str) -> None:
+    theirs, ours = PageMemory(LAYOUT, 4), PageMemory(LAYOUT, 3)
+    peer = PeerMemory.open(theirs.export(), LAYOUT)
+    with pytest.raises(InvalidValue, match=f"^{field}: "):
+        ours.pull(peer, src, dst)
+
+
+def test_other_layout_is_refused() -> None:
+    """Also one of equal size that lists k_pe in another order."""
+    other = LatentLayout(32, 16, 3, 16, "float16", "half")
+    theirs, ours = PageMemory(LAYOUT, 2), PageMemory(other, 2)
+    with pytest.raises(LayoutMismatch):
+        PeerMemory.open(theirs.export(), other)
+    with pytest.raises(LayoutMismatch):
+        ours.pull(PeerMemory.open(theirs.export(), LAYOUT), [0], [0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "tcp"}, {"kind": 3}, {"name": "../etc/passwd"}, {"name": "kvmanager-"}, {"name": b"x"}, {"name": None}, {"bytes": 1}, {"bytes": 2**60},
+        {"num_pages": 0}, {"num_pages": -1}, {"num_pages": 3}, {"num_pages": True}, {"fingerprint": 5}, {"kind": "cuda_ipc"},
+        {"num_pages": 4, "bytes": 4 * LAYOUT.page_bytes},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_export_from_the_wire_is_checked_field_by_field(change: dict[str, Any]) -> None:
+    """A peer's message must not open another file, allocate by its own integer, or crash."""
+    memory = PageMemory(LAYOUT, 2)
+    with pytest.raises(KVError):
+        PeerMemory.open({**memory.export(), **change}, LAYOUT)
+    for name in memory.export():
+        with pytest.raises(KVError):
+            PeerMemory.open({key: value for key, value in memory.export().items() if key != name}, LAYOUT)
+
+
+def test_unknown_device_and_closed_memory_are_refused() -> None:
+    with pytest.raises(InvalidValue, match=r"^device: "):
+        PageMemory(LAYOUT, 2, "meta")
+    memory = PageMemory(LAYOUT, 2)
+    memory.close()
+    with pytest.raises(WrongState):
+        memory.export()

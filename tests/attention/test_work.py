@@ -1,0 +1,84 @@
+"""Work lists: whatever the batch, every row meets every latent it may see exactly once, and the partial results stay within their bound."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmanager.attention.work import SPLIT_TILES_MIN, Shape, WorkList, decode_work, prefill_work
+
+shapes = st.builds(
+    Shape, st.sampled_from([1, 3, 16, 63, 65, 128, 200]), st.sampled_from([16, 64]), st.sampled_from([16, 64]), st.integers(1, 40)
+)
+lengths_of = st.lists(st.one_of(st.integers(0, 70), st.integers(0, 5000)), min_size=1, max_size=20)
+
+
+def check(work: WorkList, shape: Shape, expected: dict[tuple[int, int], tuple[int, int]]) -> None:
+    """expected: (first_token, row) of each block of rows -> (page_start, positions seen)."""
+    programs, items = work.programs, work.items
+    assert programs[0] == 0 and programs[-1] == len(items) and (np.diff(programs) >= 0).all()
+    assert work.num_partials <= shape.partials_max
+    seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for page_start, first_token, _, _, row, begin, end, partial in items.tolist():
+        assert begin % shape.block_tokens == 0 and expected[first_token, row][0] == page_start
+        seen.setdefault((first_token, row), []).append((begin, end, partial))
+    assert seen.keys() == expected.keys()
+    merges = {(merge[0], merge[2]): (merge[3], merge[4]) for merge in work.merges.tolist()}
+    assert len(merges) == len(work.merges)
+    used: list[int] = []
+    for key, parts in seen.items():
+        parts.sort()
+        assert [begin for begin, _, _ in parts] == [0, *(end for _, end, _ in parts[:-1])] and parts[-1][1] == expected[key][1]
+        if len(parts) == 1:
+            assert parts[0][2] == -1 and key not in merges
+            continue
+        first, count = merges[key]
+        assert [partial for _, _, partial in parts] == list(range(first, first + count))
+        assert all(end - begin >= SPLIT_TILES_MIN * shape.block_tokens for begin, end, _ in parts[:-1])
+        used.extend(range(first, first + count))
+    assert sorted(used) == list(range(work.num_partials))
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes, lengths_of)
+def test_decode_covers_every_latent_once(shape: Shape, lengths: list[int]) -> None:
+    starts = np.cumsum([0, *lengths])[:-1]
+    work = decode_work(shape, starts, np.array(lengths))
+    blocks = range(0, shape.blocks_per_token * shape.block_rows, shape.block_rows)
+    check(work, shape, {(row, block): (starts[row], length) for row, length in enumerate(lengths) for block in blocks})
+    group = shape.blocks_per_token
+    loads = [sum(-(-(item[6] - item[5]) // shape.block_tokens) + 1 for item in work.items[a:b].tolist()) for a, b in zip(work.programs, work.programs[1:], strict=False)]  # fmt: skip
+    total = sum(-(-length // shape.block_tokens) + 1 for length in lengths)
+    assert max(loads) <= -(-total // shape.lanes) + 2 * SPLIT_TILES_MIN + len(lengths) // shape.lanes + 3, (
+        "no program has much more than its share"
+    )
+    assert len(work.programs) == shape.lanes * group + 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes, st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 70)), min_size=1, max_size=6), st.booleans())
+def test_prefill_covers_what_each_block_of_rows_may_see(shape: Shape, batch: list[tuple[int, int]], causal: bool) -> None:
+    lengths = np.array([max(row) for row in batch])
+    counts = np.array([row[1] for row in batch])
+    starts, tokens = np.cumsum([0, *lengths])[:-1], np.cumsum([0, *counts])[:-1]
+    work = prefill_work(shape, starts, lengths, counts, tokens, causal)
+    expected = {}
+    for length, count, start, token in zip(lengths.tolist(), counts.tolist(), starts.tolist(), tokens.tolist(), strict=True):
+        for row in range(0, count * shape.num_heads, shape.block_rows):
+            last = min(row + shape.block_rows, count * shape.num_heads) - 1
+            expected[token, row] = (start, length - count + last // shape.num_heads + 1 if causal else length)
+    check(work, shape, expected)
+
+
+def test_one_long_sequence_fills_the_card() -> None:
+    """Batch 1, 64k tokens: all programs work, none on less than two tiles."""
+    work = decode_work(Shape(16, 16, 64, 264), np.zeros(1, np.int64), np.array([65536]))
+    assert (np.diff(work.programs) > 0).sum() > 200
+
+
+def test_full_batch_keeps_the_head_blocks_of_a_sequence_side_by_side() -> None:
+    """Neighbouring programs read the same latents at the same time, so the second read hits the L2 cache."""
+    work = decode_work(Shape(128, 64, 64, 132), np.arange(128) * 64, np.full(128, 4096))
+    assert len(work.programs) == 133
+    for even in range(0, 132, 2):
+        left, right = (work.items[work.programs[at] : work.programs[at + 1]] for at in (even, even + 1))
+        assert (left[:, [0, 1, 5, 6]] == right[:, [0, 1, 5, 6]]).all() and (right[:, 4] - left[:, 4] == 64).all()
