@@ -30,7 +30,7 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	@echo "==> ruff check, ruff format --check, mypy"
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff .; exit 1; }
-	@$(BIN)/mypy
+	@$(BIN)/python -m mypy
 
 gpu-test: ## the tests that need a CUDA device, with the machine's own python3, torch and triton; nothing is installed
 	@$(RUN) $(PYTHON) -m pytest tests/gpu -m gpu $(ARGS)
@@ -51,7 +51,9 @@ $(STAMP): pyproject.toml constraints.txt
 		for python in $(PYTHONS); do \
 			if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
 		done; \
-		if [ -z "$$found" ]; then echo "make: expected Python 3.11 or newer, found none of: $(PYTHONS). Name one: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+		if [ -z "$$found" ]; then \
+			echo "make: expected Python 3.11 or newer, found none of: $(PYTHONS). Name one: make PYTHON=/path/to/python3" >&2; exit 1; \
+		fi; \
 		echo "==> $(VENV) with $$($$found --version)"; \
 		$$found -m venv $(VENV); \
 	fi

@@ -7,7 +7,7 @@ On the wire a command is a map `{"t": kind, field: value}`; unknown fields are i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -230,7 +230,7 @@ class Tick:
 Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick
 _KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick}
 _NAMES = {cls: kind for kind, cls in _KINDS.items()}
-_FIELDS = {cls: tuple(cls.__dataclass_fields__) for cls in (*_KINDS.values(), Open)}
+_FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(item.name for item in fields(cls)) for cls in (Step, Join, Ack, WorkerGone, Tick, Open)}
 
 
 def _plain(value: Any) -> Any:

@@ -415,7 +415,8 @@ def _settle_handoffs(draft: Draft) -> None:
 
 def _release(draft: Draft, pool: Pool) -> None:
     acked = draft.acked(pool.index)
-    serials, pages = [], []
+    serials: list[int] = []
+    pages: list[int] = []
     for serial, entry in pool.quarantine.items():
         if entry.version > acked:
             break  # entries are in order of version

@@ -7,7 +7,7 @@ meaning gets a new event, and fields are never added to an old one.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
 
 import msgpack
 import numpy as np
@@ -20,12 +20,8 @@ I32 = np.dtype("<i4")
 I64 = np.dtype("<i8")
 
 
-class Ints32(np.ndarray):
-    """Annotation only: an int32 array field."""
-
-
-class Ints64(np.ndarray):
-    """Annotation only: an int64 array field."""
+Ints32: TypeAlias = Annotated[np.ndarray, "int32 [n]"]
+Ints64: TypeAlias = Annotated[np.ndarray, "int64 [n]"]
 
 
 class PoolAdded(NamedTuple):
@@ -353,16 +349,16 @@ def _expect(kind: type) -> Any:
     return check
 
 
-_PACK: dict[type, Any] = {int: int, str: str, bytes: bytes, Ints32: _pack_array(I32), Ints64: _pack_array(I64)}
-_UNPACK: dict[type, Any] = {
+_PACK: dict[Any, Any] = {int: int, str: str, bytes: bytes, Ints32: _pack_array(I32), Ints64: _pack_array(I64)}
+_UNPACK: dict[Any, Any] = {
     int: _expect(int),
     str: _expect(str),
     bytes: _expect(bytes),
     Ints32: _unpack_array(I32),
     Ints64: _unpack_array(I64),
 }
-_PACKERS = {cls: tuple(_PACK[kind] for kind in get_type_hints(cls).values()) for cls in EVENTS}
-_UNPACKERS = {cls: tuple(_UNPACK[kind] for kind in get_type_hints(cls).values()) for cls in EVENTS}
+_PACKERS = {cls: tuple(_PACK[kind] for kind in get_type_hints(cls, include_extras=True).values()) for cls in EVENTS}
+_UNPACKERS = {cls: tuple(_UNPACK[kind] for kind in get_type_hints(cls, include_extras=True).values()) for cls in EVENTS}
 
 
 class EventBatch(NamedTuple):

@@ -244,6 +244,9 @@ class KVManager(Surface):
         """The state as the bytes of one event batch."""
         return encode_batch(snapshot(self.state))
 
+    def disconnect(self) -> None:
+        """Nothing to do here; a client closes its connection."""
+
     def _execute(self, command: Command) -> dict[str, Any]:
         self._number += 1
         return msgpack.unpackb(self.execute(command, self.CLIENT, self._number), strict_map_key=False)

@@ -39,7 +39,8 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
     Triton reads the variable when it is imported and again when a kernel is decorated, so it has to be set before the first test module
     that may import either; setting it between two modules leaves half of Triton's own functions compiled.
     """
-    if "TRITON_INTERPRET" not in os.environ and not DATA_PLANE.isdisjoint(module_path.relative_to(Path(__file__).parent).parts[:-1]):
+    folders = module_path.resolve().relative_to(Path(__file__).resolve().parent).parts[:-1]
+    if "TRITON_INTERPRET" not in os.environ and not DATA_PLANE.isdisjoint(folders):
         import torch
 
         if not torch.cuda.is_available():

@@ -55,7 +55,8 @@ def distributions(tmp_path_factory: pytest.TempPathFactory, run_python: Callable
 
     sdist = made("sdist", copy, "sdist")
     with tarfile.open(sdist) as archive:
-        archive.extractall(work / "unpacked", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and newer
+        archive.extractall(work / "unpacked")
     (unpacked,) = (work / "unpacked").iterdir()
     return {"wheel": made("wheel", copy, "wheel"), "sdist": sdist, "wheel of the sdist": made("wheel", unpacked, "wheel2")}
 

@@ -1,0 +1,77 @@
+"""Follower: keeps a Replica fed from the manager's publications. Subscribe first, then snapshot, then drop what is older."""
+
+from __future__ import annotations
+
+import time
+
+import zmq
+
+from kvmanager import wire
+from kvmanager.client import KVClient
+from kvmanager.errors import ManagerUnreachable, ReplicaGap
+from kvmanager.replica import Replica
+
+__all__ = ["Follower"]
+
+
+class Follower:
+    """A replica and the subscription behind it.
+
+    client   connection used for snapshots
+    replica  what to feed
+    resyncs  how often a gap, a restart of the manager or a differing digest led to a new snapshot
+
+    `socket` may be put into the caller's poller; call `poll(0)` when it is readable. Raises ManagerUnreachable.
+    """
+
+    def __init__(self, client: KVClient, replica: Replica, *, timeout_ms: int = 10_000) -> None:
+        self.client = client
+        self.replica = replica
+        self.timeout_ms = timeout_ms
+        self.resyncs = -1  # the first snapshot is none
+        self.heard_at = time.monotonic()
+        hello = client.hello()
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.SUB)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, hello["message_bytes_max"])
+        self.socket.setsockopt(zmq.RCVHWM, 10_000)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self.socket.connect(hello["publish"])
+        try:
+            self._synchronise()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.socket.close(0)
+        self._context.term()
+
+    def _synchronise(self) -> None:
+        """Wait for proof that the subscription is live, then load a snapshot: nothing newer than it can have been missed."""
+        deadline = time.monotonic() + self.timeout_ms / 1000
+        while not self.socket.poll(20, zmq.POLLIN):
+            if time.monotonic() > deadline:
+                raise ManagerUnreachable(f"manager: expected a publication within {self.timeout_ms} ms, got none")
+            self.client.hello()
+        self.replica.load(self.client.snapshot())
+        self.resyncs += 1
+
+    def poll(self, timeout_ms: int = 0) -> bool:
+        """Take in whatever has been published, waiting up to `timeout_ms` for the first; whether anything came."""
+        if not self.socket.poll(timeout_ms, zmq.POLLIN):
+            return False
+        while True:
+            try:
+                topic, _, body = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            self.heard_at = time.monotonic()
+            try:
+                if topic == wire.BATCH_TOPIC:
+                    self.replica.feed(body)
+                else:
+                    self.replica.check(*wire.decode_heartbeat(body))
+            except ReplicaGap:
+                self._synchronise()

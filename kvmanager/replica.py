@@ -1,0 +1,368 @@
+"""Replica: a worker's copy of the block tables, and the bookkeeping that keeps the worker honest. No sockets here: feed it bytes.
+
+It applies batches in order and stops after one that gives its pool something to write, until that step has been run: so lengths and
+tables are exactly those of the step, and what it acknowledges is true by construction.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvmanager import events as ev
+from kvmanager.errors import InvalidValue, ReplicaGap, StaleStep, Unknown
+from kvmanager.handoff import HandoffState
+from kvmanager.sequences import Tables
+from kvmanager.tables import BatchTables
+
+__all__ = ["AckContent", "Peer", "Pull", "Replica"]
+
+
+class Peer(NamedTuple):
+    """A worker as others see it."""
+
+    worker: int
+    name: str
+    pool: int
+    layout: str
+    memory: bytes
+
+
+class Pull(NamedTuple):
+    """Pages to copy into this pool: source_pages[i] of `peer` to target_pages[i]. Pages the pool already shares are not in it."""
+
+    handoff: int
+    sequence: int
+    version: int
+    peer: Peer
+    source_pages: np.ndarray
+    target_pages: np.ndarray
+    shared_pages: int
+
+
+class AckContent(NamedTuple):
+    """What to send with `ack`."""
+
+    version: int
+    ids: list[int]
+    tokens: list[int]
+    pulled: list[int]
+
+
+@dataclass(slots=True)
+class _Moving:
+    sequence: int
+    source: int
+    target: int
+    shared: np.ndarray
+    fresh: np.ndarray
+    moving: bool = False
+
+
+class Replica:
+    """Tables of all pools, seen by a worker of `pool` (its name), or by an observer that runs nothing (None)."""
+
+    def __init__(self, pool: str | None = None) -> None:
+        self.pool_name = pool
+        self._reset()
+
+    def _reset(self) -> None:
+        self.epoch = 0
+        self.version = 0  # applied
+        self.known = 0  # fed
+        self.step = 0  # the applied step that this pool has still to run, 0 if none
+        self.acked = 0  # acknowledged: steps at or below it are refused
+        self.tables = Tables()
+        self.pools: list[ev.PoolAdded] = []
+        self.pool = -1
+        self.peers: dict[int, Peer] = {}
+        self._queue: deque[ev.EventBatch] = deque()
+        self._handoffs: dict[int, _Moving] = {}
+        self._pulls: dict[int, Pull] = {}  # not yet finished
+        self._copying: dict[int, int] = {}  # begun and not ended, aborted ones included: handoff -> version of its beginning
+        self._pulled: list[int] = []  # finished, to be reported
+        self._written: dict[int, int] = {}
+        self._reported: dict[int, int] = {}
+        self._handing: dict[int, None] = {}  # own sequences on their way out: report them to the token
+        self._broken: dict[int, None] = {}  # a step of theirs was left out: there is a hole in their pages
+        self._step_ids: list[int] = []
+        self._owed = False  # an acknowledgement would let something go on
+
+    @property
+    def page_size(self) -> int:
+        return self.pools[self.pool].page_size
+
+    # --- following -----------------------------------------------------------------------------------------------------------
+
+    def load(self, data: bytes) -> None:
+        """Start from a snapshot. What this worker wrote before it is forgotten, so it is never reported as written again."""
+        batch = ev.decode_batch(data)
+        acked = self.acked if batch.epoch == self.epoch else 0
+        self._reset()
+        self.epoch, self.version, self.known, self.acked = batch.epoch, batch.version, batch.version, acked
+        for event in batch.events:
+            self._apply(event)
+        self._find_pool()
+        # A snapshot may have skipped steps that this worker never ran: what is in these sequences' pages is not known.
+        self._broken = dict.fromkeys(self._own(self.tables.open_ids()))
+
+    def _find_pool(self) -> None:
+        names = [pool.name for pool in self.pools]
+        if self.pool_name is not None:
+            if self.pool_name not in names:
+                raise Unknown("pool", self.pool_name)
+            self.pool = names.index(self.pool_name)
+
+    def feed(self, data: bytes) -> None:
+        """Take one event batch. Older ones are dropped; raises ReplicaGap if one is missing or the manager restarted."""
+        batch = ev.decode_batch(data)
+        if batch.epoch != self.epoch:
+            raise ReplicaGap(f"replica: expected epoch {self.epoch}, got {batch.epoch}: the manager restarted", epoch=batch.epoch)
+        if batch.version <= self.known:
+            return
+        if batch.version != self.known + 1:
+            raise ReplicaGap(f"replica: expected version {self.known + 1}, got {batch.version}", expected=self.known + 1)
+        self.known = batch.version
+        self._queue.append(batch)
+        self.advance()
+
+    def check(self, epoch: int, version: int, digest: bytes) -> None:
+        """Compare with a heartbeat. Raises ReplicaGap if batches were lost, the manager restarted, or the tables differ."""
+        if epoch != self.epoch or version > self.known:
+            raise ReplicaGap(f"replica: at {self.epoch}:{self.known}, the manager at {epoch}:{version}", version=version)
+        if version == self.version and digest != self.tables.digest():
+            raise ReplicaGap(f"replica: tables at version {version} differ from the manager's", version=version)
+
+    def advance(self) -> None:
+        """Apply what was fed, up to and including the next step that this pool has to run."""
+        while self._queue and not self.step:
+            batch = self._queue.popleft()
+            writing: list[int] = []
+            for event in batch.events:
+                writing += self._apply(event)
+            self.version = batch.version
+            if writing and self.pool >= 0:
+                self.step, self._step_ids = batch.version, writing
+
+    # --- running steps -------------------------------------------------------------------------------------------------------
+
+    def ready(self, version: int) -> bool:
+        """Whether step `version` can run now. False: not here yet. Raises StaleStep for one acknowledged already."""
+        if version <= self.acked or (version <= self.version and version != self.step):  # the latter: a snapshot went past it
+            raise StaleStep(version, max(self.acked, self.step - 1 if self.step else self.version))
+        return self.step == version
+
+    def batch(self, version: int, sequences: Iterable[int]) -> BatchTables:
+        """Tables and lengths of the step's sequences, in the order given. Raises StaleStep, ReplicaGap (not here yet), Unknown."""
+        if not self.ready(version):
+            raise ReplicaGap(f"step: expected the replica to be at {version}, it is at {self.version}", version=self.version)
+        ids = np.fromiter(sequences, np.int64)
+        foreign = self.tables.pools[self.tables.rows(ids)] != self.pool
+        if foreign.any():
+            raise InvalidValue("step.sequences", f"sequences of pool {self.pool_name}", int(ids[int(np.argmax(foreign))]))
+        return self.tables.batch(ids, version, self.page_size)
+
+    def finish(self, version: int, sequences: Iterable[int]) -> None:
+        """Step `version` has been run for these sequences. One of its sequences that is left out is never shared or moved: its
+        pages have a hole. An empty list skips the step."""
+        if version != self.step:
+            raise StaleStep(version, self.acked)
+        ran = dict.fromkeys(sequences)
+        for sequence in self._step_ids:
+            if sequence not in ran:
+                self._broken[sequence] = None
+            elif sequence not in self._broken:
+                self._written[sequence] = self.tables.length(sequence)
+        self.step, self._step_ids, self._owed = 0, [], True
+        self.advance()
+
+    # --- pulling -------------------------------------------------------------------------------------------------------------
+
+    def pulls(self) -> list[Pull]:
+        """Handoffs into this pool whose pages are still to be copied, oldest first. An aborted one vanishes from the list."""
+        return list(self._pulls.values())
+
+    def begin_pull(self, handoff: int) -> None:
+        """Copying starts: until `pulled`, nothing newer is acknowledged, even if the handoff is aborted meanwhile."""
+        self._copying[handoff] = self._pulls[handoff].version
+
+    def pulled(self, handoff: int) -> None:
+        """Copying has ended: the pages are here and verified. If the handoff was aborted meanwhile, nothing is reported."""
+        self._copying.pop(handoff, None)
+        if self._pulls.pop(handoff, None) is not None:
+            self._pulled.append(handoff)
+
+    # --- acknowledging -------------------------------------------------------------------------------------------------------
+
+    def ack(self) -> AckContent | None:
+        """What to acknowledge now; None if that would help nobody. Calling it means sending it.
+
+        An acknowledgement becomes an event that all replicas apply: answering each other's would never end. So one is due only after a
+        step, a pull, or an event that freed pages of this pool.
+        """
+        version = self.step - 1 if self.step else self.version
+        # A pull in progress writes into this pool and reads another: nothing newer than its beginning is finished.
+        begun = [*(pull.version for pull in self._pulls.values()), *self._copying.values()]
+        version = min(version, *(each - 1 for each in begun)) if begun else version
+        ids = [each for each in self._written if self._worth_reporting(each)]
+        if not ids and not self._pulled and not (self._owed and version > self.acked):
+            return None
+        self._owed = version < self.version
+        self.acked = max(self.acked, version)
+        for sequence in ids:
+            self._reported[sequence] = self._written[sequence]
+        pulled, self._pulled = self._pulled, []
+        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled)
+
+    def renewal(self) -> AckContent:
+        """An acknowledgement for the lease's sake, whether or not it helps anybody else."""
+        self._owed = True
+        return self.ack() or AckContent(self.acked, [], [], [])
+
+    def _worth_reporting(self, sequence: int) -> bool:
+        written, reported = self._written[sequence], self._reported.get(sequence, 0)
+        if sequence in self._handing:
+            return written > reported
+        return written // self.page_size > reported // self.page_size
+
+    # --- events --------------------------------------------------------------------------------------------------------------
+
+    def _apply(self, event: Any) -> list[int]:
+        """Apply one event; gives the sequences of this pool that it gives something to write."""
+        handler = _HANDLERS.get(type(event))
+        return (handler(self, event) if handler is not None else None) or []
+
+    def _own(self, ids: np.ndarray) -> list[int]:
+        return ids[self.tables.pools[self.tables.rows(ids)] == self.pool].tolist() if self.pool >= 0 else []
+
+    def _on_pool(self, event: ev.PoolAdded) -> None:
+        self.pools.append(event)
+
+    def _on_join(self, event: ev.WorkerJoined) -> None:
+        self.peers[event.worker] = Peer(event.worker, event.name, event.pool, event.layout, event.memory)
+
+    def _on_worker_end(self, event: ev.WorkerDead | ev.WorkerFenced) -> None:
+        self.peers.pop(event.worker, None)
+
+    def _on_worker_restored(self, event: ev.WorkerRestored) -> None:
+        if event.fenced:
+            self.peers.pop(event.worker, None)
+
+    def _on_open(self, event: ev.SequenceOpened) -> list[int]:
+        self.tables.open(event.sequence, event.pool, event.length, np.concatenate([event.cached, event.fresh]))
+        return [event.sequence] if len(event.fresh) and event.pool == self.pool else []
+
+    def _on_grow(self, event: ev.SequencesGrown) -> list[int]:
+        self.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
+        return self._own(event.ids)
+
+    def _on_grow_again(self, event: ev.GrownAgain) -> list[int]:
+        self.tables.grow_again()
+        return self._own(self.tables.last_ids)
+
+    def _on_publish(self, event: ev.PagesPublished) -> None:
+        self._owed = True  # the swapped copies, if any, are free once acknowledged
+        self.tables.swap(event.sequence, event.first, event.pages)
+
+    def _forget(self, sequence: int) -> None:
+        for table in (self._written, self._reported, self._handing, self._broken):
+            table.pop(sequence, None)
+
+    def _on_close(self, event: ev.SequenceClosed) -> None:
+        self._owed |= int(self.tables.pools[self.tables.row(event.sequence)]) == self.pool
+        self.tables.close(event.sequence)
+        self._forget(event.sequence)
+
+    def _on_index_dropped(self, event: ev.IndexDropped) -> None:
+        self._owed |= event.pool == self.pool
+
+    def _on_handoff_ended(self, event: ev.HandoffEnded) -> None:
+        self._owed = True  # the source's pages go to quarantine
+
+    def _on_begun(self, event: ev.HandoffBegun) -> None:
+        source = int(self.tables.pools[self.tables.row(event.sequence)])
+        empty = np.zeros(0, np.int32)
+        self._handoffs[event.handoff] = _Moving(event.sequence, source, event.target, empty, empty)
+        if source == self.pool:
+            self._handing[event.sequence] = None
+
+    def _start_pull(self, handoff: int, version: int, source_pages: np.ndarray) -> None:
+        move = self._handoffs[handoff]
+        if move.target != self.pool:
+            return
+        # Latents are the same in every tensor-parallel worker: workers of the target spread over those of the source.
+        sources = sorted(worker for worker, peer in self.peers.items() if peer.pool == move.source)
+        if not sources:
+            return  # the abort is on its way
+        peer = self.peers[sources[handoff % len(sources)]]
+        self._pulls[handoff] = Pull(
+            handoff, move.sequence, version, peer, source_pages[len(move.shared) :].copy(), move.fresh, len(move.shared)
+        )
+
+    def _on_moving(self, event: ev.HandoffMoving) -> None:
+        move = self._handoffs[event.handoff]
+        move.shared, move.fresh, move.moving = event.shared, event.fresh, True
+        self._start_pull(event.handoff, self.version + 1, self.tables.pages_of(move.sequence))
+
+    def _on_resident(self, event: ev.HandoffResident) -> None:
+        move = self._handoffs.pop(event.handoff)
+        self._owed |= move.source == self.pool
+        length = self.tables.length(move.sequence)
+        self.tables.place(move.sequence, move.target, length, np.concatenate([move.shared, move.fresh]))
+        self._forget(move.sequence)
+        if move.target == self.pool:
+            self._written[move.sequence] = self._reported[move.sequence] = length
+
+    def _on_abort(self, event: ev.HandoffAborted) -> None:
+        move = self._handoffs.pop(event.handoff, None)
+        if move is not None:
+            self._owed |= move.moving and move.target == self.pool
+            self._handing.pop(move.sequence, None)
+        self._pulls.pop(event.handoff, None)
+        if event.handoff in self._pulled:
+            self._pulled.remove(event.handoff)
+
+    def _on_state_restored(self, event: ev.StateRestored) -> None:
+        self.tables.last_ids, self.tables.last_counts = event.last_ids, event.last_counts
+
+    def _on_sequence_restored(self, event: ev.SequenceRestored) -> None:
+        self.tables.open(event.sequence, event.pool, event.length, event.pages)
+
+    def _on_handoff_restored(self, event: ev.HandoffRestored) -> None:
+        if event.state == HandoffState.ABORTED:
+            return
+        if self.pool < 0:
+            self._find_pool()
+        pages = event.target_pages
+        move = _Moving(event.sequence, event.source, event.target, pages[: event.target_shared], pages[event.target_shared :])
+        self._handoffs[event.handoff] = move
+        if event.state == HandoffState.MOVING:
+            move.moving = True
+            self._start_pull(event.handoff, event.version, event.source_pages)
+
+
+_HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
+    ev.PoolAdded: Replica._on_pool,
+    ev.WorkerJoined: Replica._on_join,
+    ev.WorkerFenced: Replica._on_worker_end,
+    ev.WorkerDead: Replica._on_worker_end,
+    ev.WorkerRestored: Replica._on_worker_restored,
+    ev.IndexDropped: Replica._on_index_dropped,
+    ev.HandoffEnded: Replica._on_handoff_ended,
+    ev.SequenceOpened: Replica._on_open,
+    ev.SequencesGrown: Replica._on_grow,
+    ev.GrownAgain: Replica._on_grow_again,
+    ev.PagesPublished: Replica._on_publish,
+    ev.SequenceClosed: Replica._on_close,
+    ev.HandoffBegun: Replica._on_begun,
+    ev.HandoffMoving: Replica._on_moving,
+    ev.HandoffResident: Replica._on_resident,
+    ev.HandoffAborted: Replica._on_abort,
+    ev.StateRestored: Replica._on_state_restored,
+    ev.SequenceRestored: Replica._on_sequence_restored,
+    ev.HandoffRestored: Replica._on_handoff_restored,
+}

@@ -1,0 +1,153 @@
+"""Server: a KVManager behind sockets. All IO of the manager process lives here and in `wire`.
+
+A bad message costs its sender an error reply. The order is the manager's: journal, apply, publish, then reply, so whoever got a reply
+can wait for that version and be sure that it comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import Any
+
+import msgpack
+import zmq
+
+from kvmanager import wire
+from kvmanager.commands import command_from_wire
+from kvmanager.errors import BadMessage, InvalidValue, KVError
+from kvmanager.events import EventBatch
+from kvmanager.manager import KVManager
+
+__all__ = ["Server"]
+
+
+class Server:
+    """Serves `manager` at two addresses: requests (ROUTER) and publications (PUB).
+
+    address, publish  ipc://PATH (made with mode 0600) or loopback tcp://HOST:PORT, port * takes a free one
+    max_queue         batches queued for a slow subscriber before it is cut off; it comes back by snapshot
+
+    Raises InvalidValue for an address it will not bind, or cannot. `run()` serves until `stop()`; `start()` does so in a thread.
+    """
+
+    def __init__(self, manager: KVManager, *, address: str, publish: str, max_queue: int = 10_000) -> None:
+        wire.check_address(address)
+        wire.check_address(publish)
+        self.manager = manager
+        self._context = zmq.Context()
+        self._router = self._bind(zmq.ROUTER, address, max_queue)
+        try:
+            self._publisher = self._bind(zmq.PUB, publish, max_queue)
+        except InvalidValue:
+            self._router.close(0)
+            self._context.term()
+            raise
+        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.publish = self._publisher.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._quiet_since = 0.0
+        self.bad_messages = 0
+        manager.subscribe(self._on_batch)
+
+    def _bind(self, kind: int, address: str, max_queue: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.MAXMSGSIZE, self.manager.config.message_bytes_max)
+        socket.setsockopt(zmq.SNDHWM, max_queue)
+        socket.setsockopt(zmq.RCVHWM, max_queue)
+        socket.setsockopt(zmq.LINGER, 0)
+        mask = os.umask(0o177)  # an ipc socket is a file: for its owner alone
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            if kind == zmq.ROUTER:
+                self._context.term()
+            raise InvalidValue("address", "an address that can be bound", f"{address}: {error}") from None
+        finally:
+            os.umask(mask)
+        return socket
+
+    # --- life ----------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Server:
+        """Serve in a thread of this process; `close()` ends it."""
+        self._thread = threading.Thread(target=self.run, name="kvmanager-server", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Ask `run` to return; safe from a signal handler or another thread."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Stop, and close all sockets."""
+        self.stop()
+        if self._thread is not None:
+            self._thread.join(10)
+        self.manager.unsubscribe(self._on_batch)
+        self._router.close(0)
+        self._publisher.close(0)
+        self._context.term()
+        for address in (self.address, self.publish):
+            if address.startswith("ipc://"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(address.removeprefix("ipc://"))
+
+    def run(self) -> None:
+        """Serve until `stop()`."""
+        period_ms = min(self.manager.config.heartbeat_ms, 50)
+        self._heartbeat()
+        while not self._stopping.is_set():
+            if self._router.poll(period_ms, zmq.POLLIN):
+                for _ in range(256):  # then see to the clock, however busy it is
+                    try:
+                        frames = self._router.recv_multipart(zmq.NOBLOCK)
+                    except zmq.Again:
+                        break
+                    self._on_request(frames)
+            self.manager.tick()
+            if (time.monotonic() - self._quiet_since) * 1000 >= self.manager.config.heartbeat_ms:
+                self._heartbeat()
+
+    # --- requests ------------------------------------------------------------------------------------------------------------
+
+    def _on_request(self, frames: list[bytes]) -> None:
+        number = 0
+        try:
+            if len(frames) != 2:
+                raise BadMessage(f"request: expected 1 frame, got {len(frames) - 1}")
+            client, number, message = wire.decode_request(frames[1])
+            reply = wire.encode_ok(number, self._answer(client, number, message))
+        except KVError as error:
+            self.bad_messages += isinstance(error, BadMessage)
+            reply = wire.encode_error(number, error)
+        with contextlib.suppress(zmq.Again, zmq.ZMQError):  # gone, or not reading: its loss alone
+            self._router.send_multipart([frames[0], reply], zmq.NOBLOCK)
+
+    def _answer(self, client: int, number: int, message: dict[str, Any]) -> bytes:
+        kind = message.get("t")
+        if kind == "hello":
+            self._heartbeat()  # proves to a new subscriber that its subscription is live
+            hello = {"publish": self.publish, "epoch": self.manager.state.epoch, "message_bytes_max": self.manager.config.message_bytes_max}
+            return msgpack.packb(hello)
+        if kind == "stats":
+            return msgpack.packb(self.manager.stats())
+        if kind == "snapshot":
+            return msgpack.packb({"snapshot": self.manager.snapshot()})
+        return self.manager.execute(command_from_wire(message), client, number)
+
+    # --- publications --------------------------------------------------------------------------------------------------------
+
+    def _on_batch(self, batch: EventBatch, data: bytes) -> None:
+        self._publisher.send_multipart([wire.BATCH_TOPIC, wire.encode_version(batch.version), data])
+        self._quiet_since = time.monotonic()
+
+    def _heartbeat(self) -> None:
+        state = self.manager.state
+        body = wire.encode_heartbeat(state.epoch, state.version, state.tables.digest())
+        self._publisher.send_multipart([wire.HEARTBEAT_TOPIC, wire.encode_version(state.version), body])
+        self._quiet_since = time.monotonic()
