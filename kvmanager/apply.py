@@ -417,7 +417,7 @@ def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restor
         state.pools[event.source].share(handoff.source_pages)
         if event.source_node:
             handoff.source_node = restoring.nodes[event.source, event.source_node]
-    if handoff.target_pages:
+    if handoff.state is HandoffState.MOVING:  # it may move no page at all, and has entered the target's namespace all the same
         state.pools[event.target].share(handoff.target_pages)
         state.pools[event.target].prefix.enter(event.namespace)
         handoff.target_node = _find_node(state, restoring, event.target, event.target_node, event.namespace)

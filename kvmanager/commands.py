@@ -33,10 +33,17 @@ def _as_ints(name: str, value: object, dtype: str, low: int, high: int) -> np.nd
     else:
         if not isinstance(value, (np.ndarray, list, tuple, range)):
             raise InvalidValue(name, "an int array, a list of ints or little-endian bytes", type(value).__name__)
+        if isinstance(value, (list, tuple)):
+            # Before numpy sees them: it reads True as 1, and of texts makes an array as wide as the longest.
+            for item in dict.fromkeys(map(type, value)):
+                if item is bool or not issubclass(item, (int, np.integer)):
+                    raise InvalidValue(name, f"one dimension of ints in {low}..{high}", f"a {item.__name__} among them")
         try:
-            array = np.array(value) if len(value) else np.zeros(0, kind)
+            array = value if isinstance(value, np.ndarray) else np.array(value, None if len(value) else kind)
         except (ValueError, OverflowError):
             raise InvalidValue(name, f"ints in {low}..{high}", "values that make no int array") from None
+        if array.ndim == 1 and not len(array):
+            array = np.zeros(0, kind)  # of whatever type: numpy makes empty ones float
         if array.dtype == object or array.dtype.kind not in "iu" or array.ndim != 1:
             shown = "ints beyond 64 bits" if array.dtype == object and array.ndim == 1 else f"{array.dtype} of {array.ndim} dimensions"
             raise InvalidValue(name, f"one dimension of ints in {low}..{high}", shown)
@@ -58,7 +65,7 @@ def _as_ids(name: str, value: object) -> np.ndarray:
 
 def _check_bytes(name: str, value: object, longest: int) -> bytes:
     if isinstance(value, str):
-        value = value.encode()
+        value = value.encode(errors="surrogatepass")
     if not isinstance(value, bytes) or len(value) > longest:
         raise InvalidValue(name, f"at most {longest} bytes", f"{len(value)} bytes" if isinstance(value, bytes) else type(value).__name__)
     return value

@@ -51,7 +51,7 @@ class PoolConfig:
         check_name("pool.name", self.name)
         check_name("pool.group", self.group)
         check_int("pool.num_pages", self.num_pages, 1, 2**31 - 1)
-        if isinstance(self.page_size, bool) or self.page_size not in PAGE_SIZES:
+        if not isinstance(self.page_size, int) or self.page_size not in PAGE_SIZES:  # 64.0 is in PAGE_SIZES, too
             raise InvalidValue("pool.page_size", "a multiple of 16 in 16..128", repr(self.page_size))
         check_int("pool.workers", self.workers, 1, 1024)
         check_name("pool.layout", self.layout, allow_empty=True)
@@ -84,6 +84,9 @@ class ManagerConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.pools, tuple) or not 1 <= len(self.pools) <= 1024:
             raise InvalidValue("pools", "1..1024 pools", len(self.pools) if isinstance(self.pools, tuple) else repr(self.pools)[:80])
+        for pool in self.pools:
+            if not isinstance(pool, PoolConfig):
+                raise InvalidValue("pools", "PoolConfig values", type(pool).__name__)
         names = [pool.name for pool in self.pools]
         for name in names:
             if names.count(name) > 1:
@@ -117,6 +120,8 @@ def config_from_mapping(values: Mapping[str, Any]) -> ManagerConfig:
 
     Raises InvalidValue naming the table, the key and the limit.
     """
+    if not isinstance(values, Mapping):
+        raise InvalidValue("config", "a table", type(values).__name__)
     pools = values.get("pools")
     if not isinstance(pools, list) or not pools:
         raise InvalidValue("config.pools", "a list of at least one table", repr(pools)[:80])

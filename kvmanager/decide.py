@@ -137,7 +137,8 @@ def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
     """The memory of a pool is gone, or a worker that is not to be trusted holds it: nothing in it may be found again."""
     state = draft.state
     for handoff in state.handoffs.values():
-        if pool in (handoff.source, handoff.target) and handoff.state is not HandoffState.ABORTED:
+        over = handoff.state is HandoffState.ABORTED or handoff.handoff_id in draft.aborted  # both pools may be lost at once
+        if pool in (handoff.source, handoff.target) and not over:
             _abort(draft, handoff.handoff_id, reason)
     lost = [sequence.sequence_id for sequence in state.sequences.values() if sequence.pool == pool and draft.alive(sequence.sequence_id)]
     for sequence_id in lost:
@@ -199,10 +200,11 @@ def _close(draft: Draft, sequence_id: int) -> None:
 def _append_tokens(draft: Draft, sequence_id: int, tokens: np.ndarray) -> None:
     if not draft.alive(sequence_id):
         raise Unknown("sequence", sequence_id)
-    known = len(draft.state.sequences[sequence_id].tokens) // TOKEN_BYTES
+    known = len(draft.state.sequences[sequence_id].tokens) // TOKEN_BYTES + draft.appended.get(sequence_id, 0)
     limit = draft.state.config.sequence_tokens_max
     if known + len(tokens) > limit:
         raise InvalidValue("step.tokens", f"at most {limit} tokens a sequence", known + len(tokens))
+    draft.appended[sequence_id] = draft.appended.get(sequence_id, 0) + len(tokens)
     draft.events.append(ev.TokensAppended(sequence_id, tokens))
 
 
@@ -275,7 +277,7 @@ def _grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
         draft.events.append(ev.GrownAgain() if same else ev.SequencesGrown(ids, counts, page_counts, np.array(pages, np.int32)))
     else:
         draft.events.append(ev.SequencesGrown(ids[keep], counts[keep], page_counts[keep], np.array(pages, np.int32)))
-    draft.grown.update(dict.fromkeys(ids[keep].tolist()) if state.handoffs else {})
+    draft.grown.update(dict.fromkeys(ids[keep].tolist()) if state.handoffs or len(command.hand_off) else {})
 
 
 def _open(draft: Draft, command: Open, client: int) -> list[int]:

@@ -124,6 +124,7 @@ class Draft:
         self.dead: dict[int, None] = {}
         self.fenced: dict[int, None] = {}
         self.written: dict[int, dict[int, int]] = {}  # sequence -> worker -> tokens
+        self.appended: dict[int, int] = {}  # sequence -> token ids that become known
         self.closed: dict[int, None] = {}
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}

@@ -19,6 +19,7 @@ from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide
 from kvmanager.errors import KVError, error_from_wire
 from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch
+from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
 from kvmanager.snapshot import snapshot
 from kvmanager.state import Notice, State
@@ -228,10 +229,15 @@ class KVManager(Surface):
         return reply
 
     def tick(self) -> None:
-        """Notice leases that have ended. The server calls this by itself; an embedding program calls it every now and then."""
-        now = self.clock()
-        if any(not worker.fenced and now > worker.deadline_ms for worker in self.state.workers.values()) or any(
-            pool.quarantine for pool in self.state.pools
+        """Notice leases that have ended, and pages and handoffs that nobody can touch any more.
+
+        The server calls this by itself; an embedding program calls it every now and then. Nothing is logged while there is nothing to do.
+        """
+        state, now = self.state, self.clock()
+        if (
+            any(not worker.fenced and now > worker.deadline_ms for worker in state.workers.values())
+            or any(entry.version <= state.acked(pool.index) for pool in state.pools for entry in list(pool.quarantine.values())[:1])
+            or any(each.state is HandoffState.ABORTED and each.version <= state.acked(each.target) for each in state.handoffs.values())
         ):
             self._number += 1
             self.execute(Tick(), self.CLIENT, self._number)

@@ -1,0 +1,123 @@
+"""Engine: a fleet and its scheduler as one object, for programs that have prompts and want tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from kvmanager import KVClient, PoolConfig
+from kvmanager.errors import InvalidValue
+from kvmanager.examples.engine.channel import SchedulerChannel
+from kvmanager.examples.engine.launch import Fleet
+from kvmanager.examples.engine.request import Request
+from kvmanager.examples.engine.scheduler import Scheduler
+
+__all__ = ["Engine", "EngineConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine: n prefill workers and m decode workers, a pool of pages each.
+
+    page_size      token slots a page
+    prefill_pages, decode_pages  pages of each worker's pool
+    chunk_tokens   prompt tokens a prefill step computes at most
+    lease_ms       a worker silent for this long is fenced by the manager
+    """
+
+    model: Path
+    device: str = "cpu"
+    dtype: str = "float32"
+    prefill_workers: int = 1
+    decode_workers: int = 1
+    page_size: int = 16
+    prefill_pages: int = 256
+    decode_pages: int = 256
+    chunk_tokens: int = 64
+    lease_ms: int = 10_000
+    keep_logits: bool = False
+    keep_latents: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_workers", "decode_workers", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidValue(name, "at least 1", getattr(self, name))
+
+    def pools(self) -> list[PoolConfig]:
+        """prefill0, prefill1, ..., decode0, decode1, ..."""
+        roles = (("prefill", self.prefill_workers, self.prefill_pages), ("decode", self.decode_workers, self.decode_pages))
+        return [PoolConfig(f"{role}{number}", pages, self.page_size, role) for role, count, pages in roles for number in range(count)]
+
+
+class Engine:
+    """Starts everything; `submit`, then `turn` until `idle`. Use it in a `with` block: leaving it ends all processes.
+
+    Raises RuntimeError, with the log of the process concerned, if something does not come up.
+    """
+
+    def __init__(self, config: EngineConfig, on_event: Callable[[str], None] = lambda text: None) -> None:
+        self.config = config
+        pools = config.pools()
+        self.fleet = Fleet()
+        self._open: list[Any] = [self.fleet.stop]
+        try:
+            self.fleet.start_manager(pools, lease_ms=config.lease_ms)
+            self.client = KVClient(self.fleet.manager_address)
+            self._open.append(self.client.disconnect)
+            channel = SchedulerChannel(self.fleet.scheduler_address)
+            self._open.append(channel.close)
+            for pool in pools:
+                self.fleet.start_worker(
+                    pool.name,
+                    config.model,
+                    device=config.device,
+                    dtype=config.dtype,
+                    max_tokens=max(256, config.chunk_tokens),
+                    lease_ms=config.lease_ms,
+                    keep_logits=config.keep_logits,
+                )
+            self.scheduler = Scheduler(
+                self.client,
+                channel,
+                self.fleet,
+                {pool.name: pool.group for pool in pools},
+                page_size=config.page_size,
+                chunk_tokens=config.chunk_tokens,
+                keep_latents=config.keep_latents,
+                on_event=on_event,
+            )
+            try:
+                self.scheduler.wait_ready(120)
+            except RuntimeError as error:
+                name = str(error).split()[1].rstrip(":,")
+                raise RuntimeError(f"{error}\n{self.fleet.log(name)}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, prompt: list[int], max_new_tokens: int) -> Request:
+        """Queue a prompt. Raises InvalidValue if it can never fit a pool."""
+        needed = len(prompt) + max_new_tokens
+        slots = self.config.page_size * min(self.config.prefill_pages, self.config.decode_pages)
+        if not prompt or needed > slots:
+            raise InvalidValue("prompt", f"1..{slots} tokens, prompt and {max_new_tokens} new ones together", needed)
+        return self.scheduler.submit(prompt, max_new_tokens)
+
+    def turn(self) -> None:
+        self.scheduler.turn()
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    def close(self) -> None:
+        while self._open:
+            self._open.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,339 @@
+"""The scheduler: continuous batching over prefill and decode workers. It decides who runs; the manager decides who gets which page.
+
+Each turn takes in what workers reported and sends the manager one step for everybody who is idle: close what ended, hand over what is
+prefilled, grow what runs, open what waits. The reply says who got pages; the rest waits, or the youngest is preempted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvmanager import KVClient, Notice, Open, StepReply
+from kvmanager.errors import OutOfPages, PoolNotReady, SequenceTooLarge, Unknown
+from kvmanager.examples.engine.channel import SchedulerChannel
+from kvmanager.examples.engine.request import Request, Stage
+
+__all__ = ["PoolState", "Scheduler", "Supervisor"]
+
+
+class Supervisor(Protocol):
+    """Who started the workers' processes and can say, for certain, that one has ended."""
+
+    def dead(self) -> list[str]:
+        """Pools whose worker's process has ended since the last call."""
+        ...
+
+    def kill(self, pool: str) -> None:
+        """End a worker that does not answer any more."""
+        ...
+
+
+@dataclass(slots=True)
+class PoolState:
+    """A worker as the scheduler sees it."""
+
+    name: str
+    role: str  # "prefill" or "decode"
+    worker: int = 0  # 0: not ready yet
+    busy: int = 0  # version of the step it is running
+    alive: bool = True
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What one step asks for, and for whom."""
+
+    close: list[int] = field(default_factory=list)
+    tokens: list[tuple[int, list[int]]] = field(default_factory=list)
+    hand_off: list[tuple[Request, str]] = field(default_factory=list)
+    grow: list[tuple[Request, int]] = field(default_factory=list)
+    opens: list[tuple[Request, Open]] = field(default_factory=list)
+    fetch: bool = False  # there is news to fetch, even if there is nothing to ask
+
+    def __bool__(self) -> bool:
+        return bool(self.close or self.tokens or self.hand_off or self.grow or self.opens or self.fetch)
+
+
+class Scheduler:
+    """client: the manager. channel: the workers. pools: name -> role. chunk_tokens: prompt tokens a prefill step computes at most.
+
+    keep_latents: before a request's pages are closed, fetch what is in them (for comparison with a reference).
+    on_event: told in words what an operator would want to know.
+    """
+
+    def __init__(
+        self,
+        client: KVClient,
+        channel: SchedulerChannel,
+        supervisor: Supervisor,
+        pools: dict[str, str],
+        *,
+        page_size: int,
+        chunk_tokens: int = 64,
+        keep_latents: bool = False,
+        on_event: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.client, self.channel, self.supervisor = client, channel, supervisor
+        self.pools = {name: PoolState(name, role) for name, role in pools.items()}
+        self.page_size, self.chunk_tokens, self.keep_latents, self.on_event = page_size, chunk_tokens, keep_latents, on_event
+        self.requests: list[Request] = []
+        self._by_sequence: dict[int, Request] = {}
+        self._by_handoff: dict[int, Request] = {}  # until its pull is reported: the manager may tell of it first
+        self._to_close: list[int] = []
+        self._starved = False  # somebody waits for pages that an acknowledgement will free: nobody will call
+        self._fetch = False  # the manager has news for us
+        self._hurry = False  # something changed that the next turn should act on without waiting
+        self._stepped_at = 0.0
+
+    def submit(self, prompt: list[int], max_new_tokens: int, tenant: bytes = b"") -> Request:
+        """Queue a prompt. The request is updated in place."""
+        request = Request(len(self.requests), list(prompt), max_new_tokens, tenant, submitted=time.monotonic())
+        self.requests.append(request)
+        return request
+
+    @property
+    def idle(self) -> bool:
+        return all(request.over for request in self.requests) and not self._to_close
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Until every worker has reported. Raises RuntimeError naming those that did not."""
+        deadline = time.monotonic() + timeout_s
+        while missing := [pool.name for pool in self.pools.values() if pool.alive and not pool.worker]:
+            self._receive(50)
+            if dead := self.supervisor.dead():
+                raise RuntimeError(f"worker {dead[0]} ended before it was ready")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"workers {', '.join(missing)}: expected them to be ready within {timeout_s:.0f} s")
+
+    def turn(self, timeout_ms: int = 50) -> None:
+        """One round: take in reports, notice deaths, send one step."""
+        self._receive(0 if self._hurry else 2 if self._starved else timeout_ms)
+        self._hurry = False
+        for name in self.supervisor.dead():
+            self._on_death(self.pools[name])
+        if time.monotonic() - self._stepped_at > 0.5:
+            self._fetch = True  # a worker may have been fenced; its sequences' owner hears of it with a reply
+        plan = self._plan()
+        if plan:
+            self._run(plan)
+
+    # --- reports -------------------------------------------------------------------------------------------------------------
+
+    def _receive(self, timeout_ms: int) -> None:
+        for name, message in self.channel.receive(timeout_ms):
+            pool = self.pools[name]
+            if message["t"] == "ready":
+                pool.worker = message["worker"]
+            elif message["t"] == "done" and message["version"] == pool.busy:
+                pool.busy = 0
+                self._on_tokens(message["out"], message["logits"])
+            elif message["t"] == "stale" and message["version"] == pool.busy:
+                pool.busy = 0
+                self.on_event(f"worker {name} had to start from a snapshot: its sequences are computed again")
+                for request in self._in_pool(name):
+                    self._give_up(request)
+            elif message["t"] == "pulled":
+                self._fetch = True
+                if moved := self._by_handoff.pop(message["handoff"], None):
+                    moved.pages_moved += message["moved"]
+                    moved.pages_shared += message["shared"]
+            elif message["t"] == "latents":
+                if dumped := self._by_sequence.get(message["sequence"]):
+                    dumped.latents = (message["shape"], message["data"])
+                    self._end(dumped)
+            elif message["t"] == "failed":
+                self.on_event(f"worker {name}: {message['error']}")
+
+    def _on_tokens(self, out: list[list[int]], logits: bytes) -> None:
+        size = len(logits) // len(out) if out else 0
+        for row, (sequence, token) in enumerate(out):
+            request = self._by_sequence.get(sequence)
+            if request is None:
+                continue  # given up meanwhile
+            if not request.generated:
+                request.first_token = time.monotonic()
+            request.generated.append(token)
+            if logits:
+                request.logits.append(logits[row * size : (row + 1) * size])
+            if len(request.generated) >= request.max_new_tokens:
+                if self.keep_latents:
+                    request.stage = Stage.DUMPING
+                    self.channel.send(request.pool, {"t": "dump", "sequence": sequence})
+                else:
+                    self._end(request)
+            elif request.stage is Stage.PREFILLING:
+                request.stage = Stage.PREFILLED
+
+    def _end(self, request: Request, error: str = "") -> None:
+        request.stage = Stage.FAILED if error else Stage.FINISHED
+        request.error, request.finished = error, time.monotonic()
+        if self._by_sequence.pop(request.sequence, None) is not None:
+            self._to_close.append(request.sequence)
+
+    def _give_up(self, request: Request) -> None:
+        """Close its pages and compute it again later."""
+        self._by_sequence.pop(request.sequence, None)
+        self._to_close.append(request.sequence)
+        request.restart()
+
+    def _on_lost(self, sequence: int) -> None:
+        request = self._by_sequence.pop(sequence, None)
+        if request is None:
+            return
+        if request.stage is Stage.DUMPING:
+            request.stage, request.finished = Stage.FINISHED, time.monotonic()
+            return
+        request.lost += 1
+        request.restart()
+
+    def _on_death(self, pool: PoolState) -> None:
+        pool.alive, pool.busy = False, 0
+        lost = self.client.worker_gone(pool.worker) if pool.worker else []
+        for sequence in lost:
+            self._on_lost(sequence)
+        self._fetch = True
+        self.on_event(f"{pool.role} worker {pool.name} is dead; {len(lost)} sequences lost with it are computed again")
+        if not any(each.alive and each.role == pool.role for each in self.pools.values()):
+            for request in self.requests:
+                if not request.over:
+                    self._end(request, f"no {pool.role} worker is left")
+
+    # --- one step ------------------------------------------------------------------------------------------------------------
+
+    def _in_pool(self, name: str, *stages: Stage) -> list[Request]:
+        """Requests in a pool, oldest first."""
+        return [each for each in self.requests if each.pool == name and not each.over and (not stages or each.stage in stages)]
+
+    def _idle_pools(self, role: str) -> list[PoolState]:
+        return [pool for pool in self.pools.values() if pool.role == role and pool.alive and pool.worker and not pool.busy]
+
+    def _plan(self) -> _Plan:
+        plan = _Plan(fetch=self._fetch)
+        plan.close, self._to_close, self._fetch = self._to_close, [], False
+        for request in self.requests:
+            if request.stage is Stage.PREFILLED and (target := self._decode_pool()):
+                plan.hand_off.append((request, target))
+        for pool in self._idle_pools("decode"):
+            for request in self._in_pool(pool.name, Stage.DECODING):
+                plan.grow.append((request, 1))
+                # Ids of decoded tokens, a page at a time: the next turn of a conversation can then share them.
+                if (count := min(request.length, len(request.tokens)) - request.told) >= self.page_size:
+                    plan.tokens.append((request.sequence, request.tokens[request.told : request.told + count]))
+                    request.told += count
+        waiting = [request for request in self.requests if request.stage is Stage.WAITING]
+        for pool in self._idle_pools("prefill"):
+            budget = self.chunk_tokens
+            for request in self._in_pool(pool.name, Stage.PREFILLING):
+                count = min(len(request.tokens) - request.length, budget)
+                if count > 0:
+                    plan.grow.append((request, count))
+                    budget -= count
+            while budget > 0 and waiting:
+                request = waiting.pop(0)
+                request.pool = pool.name
+                plan.opens.append((request, Open(request.tokens, pool.name, request.tenant, chunk=budget)))
+                budget -= min(budget, len(request.tokens))
+        return plan
+
+    def _decode_pool(self) -> str:
+        """The decode pool with the fewest sequences; empty if none is alive."""
+        alive = [pool.name for pool in self.pools.values() if pool.role == "decode" and pool.alive and pool.worker]
+        loads = {name: sum(name in (each.pool, each.target) and not each.over for each in self.requests) for name in alive}
+        return min(alive, key=lambda name: loads[name]) if alive else ""
+
+    def _run(self, plan: _Plan) -> None:
+        reply = self.client.step(
+            close=plan.close,
+            tokens=plan.tokens,
+            hand_off=[(request.sequence, target) for request, target in plan.hand_off],
+            grow=[request.sequence for request, _ in plan.grow],
+            grow_counts=[count for _, count in plan.grow],
+            opens=[each for _, each in plan.opens],
+        )
+        self._stepped_at = time.monotonic()
+        self._starved = False
+        for (request, target), handoff in zip(plan.hand_off, reply.handoffs, strict=True):
+            if handoff:
+                request.stage, request.handoff, request.target = Stage.MOVING, handoff, target
+                self._by_handoff[handoff] = request
+        items: dict[str, list[list[Any]]] = {}
+        self._dispatch_grown(plan, reply, items)
+        self._dispatch_opened(plan, reply, items)
+        for name, work in items.items():
+            work.sort(key=lambda item: len(item[2]) != 4)  # sequences with one new token come first in a plan
+            self.pools[name].busy = reply.version
+            self.channel.send(name, {"t": "run", "version": reply.version, "items": work})
+        for index, (_, target) in enumerate(plan.hand_off):
+            if isinstance(reply.error("hand_off", index), PoolNotReady):
+                self.supervisor.kill(target)  # fenced, so it must end before anybody may have its pages
+        for notice in reply.notices:
+            self._on_notice(notice)
+
+    def _item(self, request: Request, length: int) -> list[Any]:
+        """Work for a worker: write and attend tokens [request.length, length); ask for a token if they are all there are."""
+        tokens = np.array(request.tokens[request.length : length], "<i4").tobytes()
+        item = [request.sequence, request.length, tokens, length == len(request.tokens)]
+        request.length = length
+        return item
+
+    def _dispatch_grown(self, plan: _Plan, reply: StepReply, items: dict[str, list[list[Any]]]) -> None:
+        starved: dict[str, list[Request]] = {}
+        patient: set[str] = set()
+        for index, (request, count) in enumerate(plan.grow):
+            error = reply.error("grow", index)
+            if error is None:
+                items.setdefault(request.pool, []).append(self._item(request, request.length + count))
+            elif isinstance(error, OutOfPages):
+                starved.setdefault(request.pool, []).append(request)
+                if error.details["quarantined"] or error.details["free"]:
+                    patient.add(request.pool)
+            elif isinstance(error, SequenceTooLarge):
+                self._end(request, str(error))
+            elif not isinstance(error, Unknown):  # unknown: lost, and a notice says so
+                raise error
+        for pool, requests in starved.items():
+            self._starved = True
+            if pool not in patient and len(self._in_pool(pool)) > 1:
+                youngest = requests[-1]
+                youngest.preempted += 1
+                self._give_up(youngest)
+
+    def _dispatch_opened(self, plan: _Plan, reply: StepReply, items: dict[str, list[list[Any]]]) -> None:
+        for index, (request, _) in enumerate(plan.opens):
+            opened = reply.opened[index]
+            error = reply.error("open", index)
+            if opened is not None:
+                request.sequence, request.stage = opened.sequence, Stage.PREFILLING
+                request.length, request.told = opened.cached_tokens, len(request.tokens)
+                if not request.generated:
+                    request.cached_tokens = opened.cached_tokens
+                self._by_sequence[opened.sequence] = request
+                items.setdefault(request.pool, []).append(self._item(request, opened.length))
+            elif isinstance(error, (OutOfPages, PoolNotReady)):
+                if isinstance(error, PoolNotReady):
+                    self.supervisor.kill(request.pool)
+                request.pool = ""
+                self._starved = True
+            else:
+                self._end(request, str(error))
+
+    def _on_notice(self, notice: Notice) -> None:
+        request = self._by_sequence.get(notice.sequence)
+        if notice.kind == "lost":
+            self._on_lost(notice.sequence)
+        elif request is None or request.handoff != notice.handoff:
+            return
+        elif notice.kind == "resident":
+            request.stage, request.pool, request.handoff, request.target = Stage.DECODING, notice.reason, 0, ""
+        elif notice.kind == "aborted":
+            request.handoff, request.target = 0, ""
+            if "too large" in notice.reason or "expected at most" in notice.reason:
+                self._end(request, notice.reason)
+            else:
+                request.stage = Stage.PREFILLED
+        self._hurry = True

@@ -1,0 +1,204 @@
+"""A worker process: owns page memory and a copy of the model, follows the manager's log, runs the steps it is told to.
+
+Prefill and decode workers are the same program; what they are given to do differs. One loop, no threads: take in the log, pull pages
+that are to move here, acknowledge, run the next step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import click
+import msgpack
+import numpy as np
+import torch
+import zmq
+
+from kvmanager import Follower, KVClient, Replica
+from kvmanager.attention import MLABackend, PageMemory, PeerMemory
+from kvmanager.errors import Fenced, KVError, StaleStep
+from kvmanager.examples.engine.channel import WorkerChannel
+from kvmanager.examples.engine.model import LatentModel
+from kvmanager.replica import AckContent
+
+__all__ = ["EXIT_FENCED", "Worker", "main"]
+
+EXIT_FENCED = 3  # the manager took this worker for dead: it has stopped touching pages and ends
+
+
+class Worker:
+    """model, page memory and backend of one pool, and the replica that says what is where."""
+
+    def __init__(
+        self,
+        model: LatentModel,
+        client: KVClient,
+        channel: WorkerChannel,
+        pool: str,
+        *,
+        max_tokens: int,
+        max_batch: int,
+        lease_ms: int,
+        keep_logits: bool,
+    ) -> None:
+        self.model, self.client, self.channel, self.pool = model, client, channel, pool
+        self.keep_logits = keep_logits
+        shape = client.stats()["pools"][pool]
+        pages = shape["pages"]["total"]
+        self.memory = PageMemory(model.layout(shape["page_size"]), pages, model.device)
+        self.backend = MLABackend(self.memory, model.num_heads, model.softmax_scale, max_tokens, max_batch, max_pages=pages * max_batch)
+        # Follow first, join then: nothing that happens to this worker's pool can be missed.
+        self.replica = Replica(pool)
+        self.follower = Follower(client, self.replica)
+        memory = msgpack.packb(self.memory.export())
+        self.worker_id = client.join(pool, pool, self.memory.layout.fingerprint, memory=memory, lease_ms=lease_ms)
+        self.renew_s = lease_ms / 1000 / 4
+        self.acked_at = time.monotonic()
+        self.peers: dict[int, PeerMemory] = {}
+        self.runs: deque[dict[str, Any]] = deque()
+        channel.send({"t": "ready", "pool": pool, "worker": self.worker_id, "pid": os.getpid()})
+
+    def serve(self) -> None:
+        """Work until told to stop, or until the scheduler's process is gone."""
+        parent = os.getppid()
+        poller = zmq.Poller()
+        poller.register(self.channel.socket, zmq.POLLIN)
+        poller.register(self.follower.socket, zmq.POLLIN)
+        while os.getppid() == parent:
+            poller.poll(int(self.renew_s * 500))
+            self.follower.poll(0)
+            self.pull()
+            for message in self.channel.receive():
+                if message["t"] == "stop":
+                    return
+                if message["t"] == "run":
+                    self.runs.append(message)
+                elif message["t"] == "dump":
+                    self.dump(message["sequence"])
+            while self.runs and self.run_next():
+                self.follower.poll(0)
+                self.pull()
+            self.acknowledge()
+
+    # --- steps ---------------------------------------------------------------------------------------------------------------
+
+    def run_next(self) -> bool:
+        """Run the oldest step if the replica has reached it; whether it is done with."""
+        run = self.runs[0]
+        version = run["version"]
+        try:
+            if not self.replica.ready(version):
+                return False
+        except StaleStep:
+            self.runs.popleft()
+            self.channel.send({"t": "stale", "version": version})
+            return True
+        self.runs.popleft()
+        items = run["items"]
+        tokens = [np.frombuffer(item[2], "<i4") for item in items]
+        tables = self.replica.batch(version, [item[0] for item in items])
+        plan = self.backend.plan(tables, [len(each) for each in tokens])
+        positions = np.concatenate([np.arange(item[1], item[1] + len(each)) for item, each in zip(items, tokens, strict=True)])
+        logits = self.model.forward(np.concatenate(tokens).astype(np.int64), positions, self.backend, plan)
+        wanted = [row for row, item in enumerate(items) if item[3]]
+        picked = logits[wanted]
+        chosen = picked.argmax(-1).tolist()  # waits for the device: from here on the step has been run
+        self.replica.finish(version, [item[0] for item in items])
+        # Acknowledged before the scheduler hears of it, so that what it does next finds these pages shareable and movable.
+        self.acknowledge()
+        out = [[items[row][0], token] for row, token in zip(wanted, chosen, strict=True)]
+        data = picked.cpu().numpy().astype("<f4").tobytes() if self.keep_logits else b""
+        self.channel.send({"t": "done", "version": version, "out": out, "logits": data})
+        return True
+
+    def acknowledge(self) -> None:
+        """Tell the manager what is finished, if it owes anything, and renew the lease in time."""
+        content = self.replica.ack()
+        if content is None and time.monotonic() - self.acked_at > self.renew_s:
+            content = self.replica.renewal()
+        if content is not None:
+            self.send_ack(content)
+
+    def send_ack(self, content: AckContent) -> None:
+        self.client.ack(self.worker_id, content.version, ids=content.ids, tokens=content.tokens, pulled=content.pulled)
+        self.acked_at = time.monotonic()
+
+    # --- pages ---------------------------------------------------------------------------------------------------------------
+
+    def pull(self) -> None:
+        """Copy the pages of sequences that are moving here, then say so."""
+        for pull in self.replica.pulls():
+            self.replica.begin_pull(pull.handoff)
+            peer = self.peers.get(pull.peer.worker)
+            if peer is None:
+                peer = self.peers[pull.peer.worker] = PeerMemory.open(msgpack.unpackb(pull.peer.memory), self.memory.layout)
+            self.memory.pull(peer, pull.source_pages, pull.target_pages)
+            self.replica.pulled(pull.handoff)
+            self.acknowledge()
+            moved = {"t": "pulled", "handoff": pull.handoff, "moved": len(pull.target_pages), "shared": pull.shared_pages}
+            self.channel.send(moved)
+        for worker in [each for each in self.peers if each not in self.replica.peers]:
+            self.peers.pop(worker).close()
+
+    def dump(self, sequence: int) -> None:
+        """Send a sequence's latents as they lie in its pages: float32 [layers, tokens, entry]."""
+        table = self.replica.tables
+        pages = torch.from_numpy(table.pages_of(sequence).astype(np.int64)).to(self.model.device)
+        latents = self.memory.pages[pages].transpose(0, 1).flatten(1, 2)[:, : table.length(sequence)].float().cpu()
+        data = latents.numpy().astype("<f4").tobytes()
+        self.channel.send({"t": "latents", "sequence": sequence, "data": data, "shape": list(latents.shape)})
+
+
+@click.command(help="A prefill or decode worker of the example engine; started by it.")
+@click.option("--model", required=True, type=click.Path(exists=True, file_okay=False), help="checkpoint directory")
+@click.option("--pool", required=True, help="the manager's pool whose pages this worker holds")
+@click.option("--manager", required=True, help="the manager's request address")
+@click.option("--scheduler", required=True, help="the scheduler's address")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@click.option("--max-tokens", default=256, show_default=True, help="tokens of one step")
+@click.option("--max-batch", default=256, show_default=True, help="sequences of one step")
+@click.option("--lease-ms", default=10_000, show_default=True, help="silence after which the manager fences this worker")
+@click.option("--keep-logits", is_flag=True, help="send logits along, for comparison")
+def main(
+    model: str,
+    pool: str,
+    manager: str,
+    scheduler: str,
+    device: str,
+    dtype: str,
+    max_tokens: int,
+    max_batch: int,
+    lease_ms: int,
+    keep_logits: bool,
+) -> None:
+    torch.set_num_threads(1)  # several workers share the host's cores; OpenMP threads that wait for each other by spinning do not
+    channel = WorkerChannel(scheduler, pool)
+    try:
+        with KVClient(manager, timeout_ms=30_000) as client:
+            loaded = LatentModel.load(model, device, getattr(torch, dtype))
+            worker = Worker(
+                loaded, client, channel, pool, max_tokens=max_tokens, max_batch=max_batch, lease_ms=lease_ms, keep_logits=keep_logits
+            )
+            try:
+                worker.serve()
+            finally:
+                worker.follower.close()
+                worker.memory.close()
+    except Fenced as error:
+        click.echo(f"worker {pool}: {error}", err=True)
+        sys.exit(EXIT_FENCED)
+    except KVError as error:
+        channel.send({"t": "failed", "error": str(error)})
+        click.echo(f"worker {pool}: {error}", err=True)
+        sys.exit(1)
+    finally:
+        channel.close()
+
+
+if __name__ == "__main__":
+    main()

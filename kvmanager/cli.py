@@ -1,0 +1,143 @@
+"""The `kvmanager` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvmanager import __version__
+from kvmanager.client import KVClient
+from kvmanager.config import ManagerConfig, config_from_mapping
+from kvmanager.errors import InvalidValue, KVError
+from kvmanager.manager import KVManager
+from kvmanager.server import Server
+
+__all__ = ["default_address", "load_config", "main"]
+
+
+def default_address(name: str) -> str:
+    """ipc:// address in a folder that belongs to this user alone."""
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"kvmanager-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise InvalidValue("address", f"a folder {folder} of this user", "one that belongs to somebody else")
+    return f"ipc://{folder}/{name}"
+
+
+def load_config(path: str) -> dict[str, Any]:
+    """The mapping in a TOML or JSON file. Raises InvalidValue naming the file and what is wrong where."""
+    try:
+        text = Path(path).read_text()
+        found = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
+    except (OSError, ValueError) as error:  # both parsers' errors are ValueErrors with line and column
+        raise InvalidValue(f"config file {path}", "readable TOML or JSON", str(error)) from None
+    if not isinstance(found, dict):
+        raise InvalidValue(f"config file {path}", "a table at the top", type(found).__name__)
+    return found
+
+
+def _parse_pool(text: str) -> dict[str, Any]:
+    pool: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InvalidValue("--pool", "KEY=VALUE,... such as name=main,num_pages=1024", text)
+        pool[key.strip()] = (
+            int(value) if value.strip().lstrip("-").isdigit() and key.strip() not in ("name", "group", "layout") else value.strip()
+        )
+    return pool
+
+
+class _Group(click.Group):
+    """Typed errors become one line and exit code 2, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KVError as error:
+            click.echo(f"kvmanager: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kvmanager")
+def main() -> None:
+    """A paged KV-cache manager service for MLA models."""
+
+
+@main.command()
+@click.option("--config", "config_path", type=click.Path(), help="TOML or JSON file: [[pools]] tables and the bounds of ManagerConfig.")
+@click.option(
+    "--pool", "pools", multiple=True, metavar="KEY=VALUE,...", help="A pool: name, num_pages, page_size, group, workers. Repeatable."
+)
+@click.option("--address", help="Where requests are answered: ipc://PATH or tcp:// on loopback. Default: a folder of this user.")
+@click.option("--publish", help="Where event batches are published.")
+@click.option("--lease-ms", type=int, help="Silence after which a worker is fenced.")
+def serve(config_path: str | None, pools: tuple[str, ...], address: str | None, publish: str | None, lease_ms: int | None) -> None:
+    """Run a manager that owns pages and publishes block tables.
+
+    \b
+    kvmanager serve --pool name=prefill,num_pages=4096 --pool name=decode,num_pages=4096
+    """
+    values = load_config(config_path) if config_path else {}
+    if pools:
+        values["pools"] = [*values.get("pools", []), *(_parse_pool(pool) for pool in pools)]
+    if lease_ms is not None:
+        values["lease_ms"] = lease_ms
+    if not values.get("pools"):
+        raise InvalidValue("pools", "at least one: --pool name=main,num_pages=1024, or [[pools]] in --config", "none")
+    config: ManagerConfig = config_from_mapping(values)
+    server = Server(KVManager(config), address=address or default_address("requests"), publish=publish or default_address("log"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: server.stop())
+    for pool in config.pools:
+        click.echo(f"pool {pool.name}: {pool.num_pages} pages of {pool.page_size} tokens, group {pool.group}, {pool.workers} worker(s)")
+    click.echo(f"requests at {server.address}, event batches at {server.publish}")
+    try:
+        server.run()
+    finally:
+        server.close()
+
+
+@main.command()
+@click.option("--address", help="The manager's request address. Default: a folder of this user.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def stats(address: str | None, as_json: bool) -> None:
+    """Show pages of each pool by state, workers and handoffs of a running manager."""
+    with KVClient(address or default_address("requests"), timeout_ms=2_000) as client:
+        found = client.stats()
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"epoch {found['epoch']}, version {found['version']}, {len(found['handoffs'])} handoffs under way")
+    for name, pool in found["pools"].items():
+        pages = pool["pages"]
+        counts = ", ".join(f"{pages[state]} {state}" for state in ("free", "used", "cached", "quarantined"))
+        fenced = f", {len(pool['fenced'])} fenced" if pool["fenced"] else ""
+        click.echo(
+            f"pool {name}: {counts} of {pages['total']} pages; {pool['sequences']} sequences, {len(pool['workers'])} workers{fenced}"
+        )
+
+
+@main.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.pass_context
+def demo(ctx: click.Context) -> None:
+    """Serve a small model with a manager, prefill and decode workers, and compare with transformers."""
+    try:
+        from kvmanager.examples.engine.demo import main as run_demo
+    except ModuleNotFoundError as error:
+        click.echo(f"kvmanager: the demo needs {error.name}: pip install 'kvmanager[demo]'", err=True)
+        ctx.exit(2)
+    sys.exit(run_demo(ctx.args, standalone_mode=True, prog_name="kvmanager demo"))
+
+
+if __name__ == "__main__":
+    main(prog_name="kvmanager")
