@@ -3,12 +3,12 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-RUN := PYTHONPATH=.
+RUN := PYTHONPATH=.:$(PYTHONPATH)
 
 # What makes .venv (3.11 or newer; the default looks further if python3 is older) and what the gpu targets run: make test PYTHON=python3.12
 PYTHON ?= python3
 PYTHONS := $(if $(filter python3,$(PYTHON)),python3 python3.14 python3.13 python3.12 python3.11,$(PYTHON))
-# More arguments for the program behind a target: make demo ARGS=--help, make test ARGS='-x -k pool', make gpu-bench ARGS=--json
+# More arguments for the program behind a target: make demo ARGS=--help, make test ARGS='-x -k pool'
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -2,17 +2,23 @@
 
 The control plane lives here and imports neither torch nor triton. `kvmanager.attention` holds what a worker computes with (latent
 layout, page memory, plan, MLA backend), `kvmanager.kernels` the Triton kernels under it.
+
+Names are imported when they are first used: whoever only wants the kernels needs no ZMQ.
 """
 
-from kvmanager.client import KVClient
-from kvmanager.commands import Open
-from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.follower import Follower
-from kvmanager.manager import KVManager, Opened, Refused, StepReply
-from kvmanager.replica import Pull, Replica
-from kvmanager.server import Server
-from kvmanager.state import Notice
-from kvmanager.tables import BatchTables
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmanager.client import KVClient
+    from kvmanager.commands import Open
+    from kvmanager.config import ManagerConfig, PoolConfig
+    from kvmanager.follower import Follower
+    from kvmanager.manager import KVManager, Opened, Refused, StepReply
+    from kvmanager.replica import Pull, Replica
+    from kvmanager.server import Server
+    from kvmanager.state import Notice
+    from kvmanager.tables import BatchTables
 
 __version__ = "0.1.0"
 
@@ -33,3 +39,26 @@ __all__ = [
     "StepReply",
     "__version__",
 ]
+
+_HOME = {
+    "BatchTables": "tables",
+    "Follower": "follower",
+    "KVClient": "client",
+    "KVManager": "manager",
+    "ManagerConfig": "config",
+    "Notice": "state",
+    "Open": "commands",
+    "Opened": "manager",
+    "PoolConfig": "config",
+    "Pull": "replica",
+    "Refused": "manager",
+    "Replica": "replica",
+    "Server": "server",
+    "StepReply": "manager",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvmanager' has no attribute {name!r}")
+    return getattr(import_module(f"kvmanager.{_HOME[name]}"), name)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import zmq
 
-from kvmanager import Follower, KVClient, Replica
+from kvmanager import BatchTables, Follower, KVClient, Replica
 from kvmanager.attention import MLABackend, PageMemory, PeerMemory
 from kvmanager.errors import Fenced, KVError, StaleStep
 from kvmanager.examples.engine.channel import WorkerChannel
@@ -51,6 +51,7 @@ class Worker:
         pages = shape["pages"]["total"]
         self.memory = PageMemory(model.layout(shape["page_size"]), pages, model.device)
         self.backend = MLABackend(self.memory, model.num_heads, model.softmax_scale, max_tokens, max_batch, max_pages=pages * max_batch)
+        self.warm_up(min(max_tokens, shape["page_size"] * pages) // 2)
         # Follow first, join then: nothing that happens to this worker's pool can be missed.
         self.replica = Replica(pool)
         self.follower = Follower(client, self.replica)
@@ -61,6 +62,20 @@ class Worker:
         self.peers: dict[int, PeerMemory] = {}
         self.runs: deque[dict[str, Any]] = deque()
         channel.send({"t": "ready", "pool": pool, "worker": self.worker_id, "pid": os.getpid()})
+
+    def warm_up(self, tokens: int) -> None:
+        """Have all kernels compiled and loaded before the first request waits for them. No page holds anything yet."""
+        size = self.memory.layout.page_size
+        lengths = np.array([1, max(2, tokens)], np.int32)
+        counts = -(-lengths // size)
+        tables = BatchTables(0, size, lengths, np.arange(counts.sum(), dtype=np.int32), np.array([0, counts[0], counts.sum()], np.int64))
+        if counts.sum() > len(self.memory.pages):
+            return  # a pool of a page or two: for tests
+        for rows in (tables, BatchTables(0, size, lengths[:1], tables.page_ids[: counts[0]], tables.page_indptr[:2])):
+            query_lens = rows.lengths  # everything is new
+            plan = self.backend.plan(rows, query_lens)
+            positions = np.concatenate([np.arange(length) for length in query_lens])
+            self.model.forward(np.zeros(plan.num_tokens, np.int64), positions, self.backend, plan).argmax(-1).tolist()
 
     def serve(self) -> None:
         """Work until told to stop, or until the scheduler's process is gone."""

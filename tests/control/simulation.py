@@ -439,6 +439,9 @@ class Model:
             used = sum(count > 0 for count in owners.values())
             cached = sum(not owners[page] for page in indexed)
             counts = pool.counts()
+            acked = min((worker.acked for worker in self.crew(number, fenced=True)), default=self.version)
+            held = sum(freed > acked and not owners[page] and page not in indexed for page, freed in self.dropped[number].items())
+            demand(counts.quarantined >= held, f"pool {pool.name}: {counts}, the model has {held} freed after the last acknowledgement")
             demand(
                 (counts.used, counts.cached) == (used, cached), f"pool {pool.name}: {counts}, the model has {used} used, {cached} cached"
             )
@@ -470,7 +473,8 @@ class Model:
     def pull(self, worker: Worker, pull: Pull, rng: random.Random) -> None:
         source, target, stamps = pull.todo.pop(rng.randrange(len(pull.todo)))
         got = pull.source[source, : len(stamps)].tolist()
-        demand(got == stamps, f"handoff {pull.handoff}: {worker.name} pulled page {source} and got {got[:4]}, not {stamps[:4]}")
+        if got != stamps:
+            raise Broken(f"handoff {pull.handoff}: {worker.name} pulled page {source} and read {got[:4]}, not {stamps[:4]}")
         worker.memory[target] = pull.source[source]
 
 
@@ -505,7 +509,7 @@ class Driver:
         self.documents = [[rng.choice((1, 2)) for _ in range(6 * PAGE)] for _ in range(2)]
         # Which faults there are, and how busy it is, is drawn too: a day without deaths goes deeper than one with many.
         faults = {"late": rng.choice((0, 0.3, 1)), "die": rng.choice((0, 0.2, 1)), "bury": 3, "join": 4, "repeat": 2, "tick": 2}
-        rates = {"step": 30, "work": rng.choice((5, 15, 30)), "ack": rng.choice((20, 35, 60)), **faults}
+        rates = {"step": 30, "work": rng.choice((5, 15, 30)), "ack": rng.choice((12, 20, 35)), **faults}
         self.actions, self.weights = list(rates), list(rates.values())
         self.close_rate, self.hand_off_rate = rng.choice((0.05, 0.15, 0.3)), rng.choice((0.02, 0.1, 0.3))
         self.abort_rate, self.open_counts = rng.choice((0.01, 0.1)), rng.choice(((0, 0, 1), (0, 1, 1, 2, 3)))
@@ -590,7 +594,9 @@ class Driver:
         close = [each for each in ids if rng.random() < self.close_rate]
         growing, counts = self.last_grow
         if rng.random() < 0.5 or not growing or not set(growing) <= set(ids):
-            growing = [each for each, text in texts.items() if rng.random() < (0.1 if text.handoff else 0.6)]  # seals come when growth stops
+            growing = [
+                each for each, text in texts.items() if rng.random() < (0.1 if text.handoff else 0.6)
+            ]  # seals come when growth stops
             rng.shuffle(growing)
             counts = [rng.choice((1, 1, 1, 1, 1, 1, 3, 20)) for _ in growing]
             if rng.random() < 0.02:
@@ -622,11 +628,8 @@ class Driver:
                 elif pull.todo and rng.random() < 0.7:
                     self.model.pull(worker, pull, rng)
 
-    def ack(self, worker: Worker | None = None, eager: bool = False) -> None:
+    def ack(self, worker: Worker, eager: bool = False) -> None:
         rng = self.rng
-        worker = worker or rng.choice(list(self.model.workers.values()) or [None])
-        if worker is None:
-            return
         newest = worker.may_ack(self.manager.state.version)
         version = newest if eager or rng.random() < 0.6 else rng.randint(0, newest)
         told = [(each, tokens) for each, tokens in worker.done.items() if eager or rng.random() < 0.8]
@@ -679,8 +682,10 @@ class Driver:
         elif action == "work":
             self.work()
         elif action == "ack":
-            self.work(2)
-            self.ack()
+            self.work(3)
+            for worker in rng.sample(list(self.model.workers.values()), rng.randint(0, len(self.model.workers))):
+                if worker.worker in self.model.workers:
+                    self.ack(worker)
         elif action == "join":
             self.join()
         elif action == "repeat":

@@ -1,0 +1,127 @@
+"""A request sent again is answered again, not executed again; and tables of clients stay bounded."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+
+from kvmanager.commands import Ack, Join, Open, Step, Tick, WorkerGone
+from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.errors import BadMessage, KVError
+from kvmanager.manager import KVManager
+from kvmanager.snapshot import state_digest
+from tests.control.conftest import tokens
+
+
+@pytest.fixture
+def manager() -> KVManager:
+    config = ManagerConfig(pools=(PoolConfig("A", 8, page_size=16), PoolConfig("B", 8, page_size=16)), clients_max=3)
+    manager = KVManager(config, clock=lambda: 0, checked=True)
+    manager.join("A0", "A", "bf16")
+    manager.join("B0", "B", "bf16")
+    return manager
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Step(opens=[Open(tokens(20), "A", chunk=20)]),
+        Step(),
+        Ack(1, 1),
+        Tick(),
+        WorkerGone(2),
+        Step(grow=[999 << 20]),
+    ],
+    ids=["open", "empty", "ack", "tick", "gone", "refused"],
+)
+def test_same_number_gets_the_same_bytes_and_changes_nothing(manager: KVManager, command: object) -> None:
+    first = manager.execute(command, 77, 5)
+    digest, batches = state_digest(manager.state), []
+    manager.subscribe(lambda batch, data: batches.append(batch))
+    for _ in range(3):
+        assert manager.execute(command, 77, 5) == first
+    assert manager.execute(Step(), 77, 5) == first  # by number: what the repetition holds is not looked at
+    assert state_digest(manager.state) == digest and not batches
+
+
+def test_lower_number_is_rejected_and_changes_nothing(manager: KVManager) -> None:
+    manager.execute(Step(), 77, 5)
+    digest = state_digest(manager.state)
+    with pytest.raises(BadMessage, match="above 5, got 4"):
+        manager.execute(Step(opens=[Open([1], "A")]), 77, 4)
+    assert state_digest(manager.state) == digest
+    manager.execute(Step(), 77, 9)
+
+
+def test_rejected_request_may_be_mended_under_the_same_number(manager: KVManager) -> None:
+    with pytest.raises(KVError):
+        manager.execute(Join("A1", "nowhere", "bf16"), 77, 1)
+    assert "opened" in msgpack.unpackb(manager.execute(Step(opens=[Open([1], "A")]), 77, 1))
+
+
+def test_numbers_of_different_clients_do_not_meet(manager: KVManager) -> None:
+    one = msgpack.unpackb(manager.execute(Step(opens=[Open([1], "A")]), 77, 1))
+    two = msgpack.unpackb(manager.execute(Step(opens=[Open([1], "A")]), 78, 1))
+    assert one["opened"] != two["opened"]
+
+
+def test_client_table_forgets_the_one_idle_longest(manager: KVManager) -> None:
+    for client in (10, 11):
+        manager.execute(Step(), client, 1)
+    manager.execute(Step(), 10, 2)
+    manager.execute(Step(), 12, 1)
+    manager.execute(Step(), 13, 1)
+    assert list(manager.state.clients) == [10, 12, 13]
+    assert manager.state.config.clients_max == 3
+
+
+def test_notices_are_delivered_once_to_the_owner(manager: KVManager) -> None:
+    mine = msgpack.unpackb(manager.execute(Step(opens=[Open([1], "A"), Open([2], "B")]), 77, 1))["opened"]
+    assert "notices" not in msgpack.unpackb(manager.execute(WorkerGone(1), 78, 1))
+    second = manager.execute(Step(), 77, 2)
+    assert [notice[:2] for notice in msgpack.unpackb(second)["notices"]] == [["lost", mine[0][0]]]
+    assert manager.execute(Step(), 77, 2) == second  # with the notice: the first reply may have been lost
+    assert "notices" not in msgpack.unpackb(manager.execute(Step(), 77, 3))
+    assert "notices" not in msgpack.unpackb(manager.execute(Step(), 78, 2))
+
+
+def test_notices_that_come_with_other_replies_reach_the_next_step(manager: KVManager) -> None:
+    opened = manager.open([1], "A", chunk=1)
+    manager.worker_gone(1)
+    manager.join("A1", "A", "bf16")  # its reply carries the notice
+    reply = manager.step()
+    assert [(each.kind, each.sequence) for each in reply.notices] == [("lost", opened.sequence)]
+    assert manager.step().notices == []
+
+
+def test_idle_manager_logs_no_ticks() -> None:
+    """A tick that would change nothing is not logged, even while a fenced worker holds pages for hours."""
+    now = 0
+    manager = KVManager(ManagerConfig(pools=(PoolConfig("A", 8, page_size=16),), lease_ms=1000), clock=lambda: now, checked=True)
+    worker = manager.join("A0", "A", "bf16")
+    manager.open(tokens(20), "A", chunk=20)
+    manager.tick()
+    now = 1001
+    manager.tick()
+    version = manager.state.version
+    for _ in range(10):
+        now += 10_000
+        manager.tick()
+    assert manager.state.version == version
+    manager.worker_gone(worker)
+    manager.tick()
+    assert manager.state.pools[0].counts().free == 8
+
+
+def test_tick_ends_an_aborted_handoff_when_nothing_is_quarantined() -> None:
+    """The puller is dead and pulled nothing, so no page waits; the source pages must come back without anybody asking."""
+    config = ManagerConfig(pools=(PoolConfig("A", 8, page_size=16), PoolConfig("B", 8, page_size=16)))
+    manager = KVManager(config, clock=lambda: 0, checked=True)
+    source, target = manager.join("A0", "A", "bf16"), manager.join("B0", "B", "bf16")
+    opened = manager.open(tokens(1), "A")
+    manager.hand_off(opened.sequence, "B")
+    manager.close(opened.sequence)
+    manager.ack(source, manager.state.version)
+    manager.worker_gone(target)
+    manager.tick()
+    assert not manager.state.handoffs
