@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import stat
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,13 @@ __all__ = ["default_address", "load_config", "main"]
 def default_address(name: str) -> str:
     """ipc:// address in a folder that belongs to this user alone."""
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"kvmanager-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise InvalidValue("address", f"a folder {folder} of this user", "one that belongs to somebody else")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise InvalidValue("address", f"a folder {folder} of this user", str(error)) from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InvalidValue("address", f"a folder {folder} that this user alone can write to", "one that others own or can write to")
     return f"ipc://{folder}/{name}"
 
 
@@ -37,7 +44,7 @@ def load_config(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text()
         found = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
-    except (OSError, ValueError) as error:  # both parsers' errors are ValueErrors with line and column
+    except (OSError, ValueError, RecursionError) as error:  # both parsers' errors are ValueErrors with line and column
         raise InvalidValue(f"config file {path}", "readable TOML or JSON", str(error)) from None
     if not isinstance(found, dict):
         raise InvalidValue(f"config file {path}", "a table at the top", type(found).__name__)
@@ -49,11 +56,30 @@ def _parse_pool(text: str) -> dict[str, Any]:
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if not equals:
-            raise InvalidValue("--pool", "KEY=VALUE,... such as name=main,num_pages=1024", text)
-        pool[key.strip()] = (
-            int(value) if value.strip().lstrip("-").isdigit() and key.strip() not in ("name", "group", "layout") else value.strip()
-        )
+            raise InvalidValue("--pool", "KEY=VALUE,... such as name=main,num_pages=1024", repr(text))
+        key, value = key.strip(), value.strip()
+        pool[key] = int(value) if re.fullmatch("-?[0-9]{1,18}", value) and key not in ("name", "group", "layout") else value
     return pool
+
+
+def _build_config(config_path: str | None, pools: tuple[str, ...], lease_ms: int | None) -> ManagerConfig:
+    """The config that a file and options make. Raises InvalidValue naming the file, the key and the limit."""
+    values = load_config(config_path) if config_path else {}
+    try:
+        if pools:
+            listed = values.get("pools", [])
+            if not isinstance(listed, list):
+                raise InvalidValue("config.pools", "a list of tables", type(listed).__name__)
+            values["pools"] = [*listed, *map(_parse_pool, pools)]
+        if lease_ms is not None:
+            values["lease_ms"] = lease_ms
+        if not values.get("pools"):
+            raise InvalidValue("config.pools", "at least one: --pool name=main,num_pages=1024, or [[pools]] in --config", "none")
+        return config_from_mapping(values)
+    except InvalidValue as error:
+        if not config_path:
+            raise
+        raise InvalidValue(f"{config_path}: {error.field}", str(error.details["expected"]), error.details["got"]) from None
 
 
 class _Group(click.Group):
@@ -87,15 +113,10 @@ def serve(config_path: str | None, pools: tuple[str, ...], address: str | None, 
     \b
     kvmanager serve --pool name=prefill,num_pages=4096 --pool name=decode,num_pages=4096
     """
-    values = load_config(config_path) if config_path else {}
-    if pools:
-        values["pools"] = [*values.get("pools", []), *(_parse_pool(pool) for pool in pools)]
-    if lease_ms is not None:
-        values["lease_ms"] = lease_ms
-    if not values.get("pools"):
-        raise InvalidValue("pools", "at least one: --pool name=main,num_pages=1024, or [[pools]] in --config", "none")
-    config: ManagerConfig = config_from_mapping(values)
-    server = Server(KVManager(config), address=address or default_address("requests"), publish=publish or default_address("log"))
+    config = _build_config(config_path, pools, lease_ms)
+    # Nothing is kept over a restart, so the next life must never look like this one: replicas tell them apart by the epoch.
+    manager = KVManager(config, epoch=time.time_ns() // 1_000_000)
+    server = Server(manager, address=address or default_address("requests"), publish=publish or default_address("log"))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     for pool in config.pools:

@@ -10,7 +10,7 @@ import zmq
 
 from kvmanager import wire
 from kvmanager.commands import Command, command_to_wire
-from kvmanager.errors import BadMessage, KVError, ManagerUnreachable
+from kvmanager.errors import BadMessage, InvalidValue, KVError, ManagerUnreachable
 from kvmanager.manager import Surface
 
 __all__ = ["KVClient"]
@@ -22,6 +22,9 @@ class KVClient(Surface):
     address     the manager's request address
     timeout_ms  how long to wait for a reply, resending included; then ManagerUnreachable
     resend_ms   a request without a reply is sent again after this long: the manager executes it once, whatever arrives
+    message_bytes_max   the longest message to send or to take; the manager's own bound holds as well
+
+    Raises InvalidValue for an address it will not connect to, or cannot.
     """
 
     def __init__(self, address: str, *, timeout_ms: int = 10_000, resend_ms: int = 2_000, message_bytes_max: int = 64 << 20) -> None:
@@ -39,7 +42,13 @@ class KVClient(Surface):
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.MAXMSGSIZE, self._message_bytes_max)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(self.address)
+        socket.setsockopt(zmq.IPV6, self.address.startswith("tcp://["))
+        try:
+            socket.connect(self.address)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            self._context.term()
+            raise InvalidValue("address", "an address that can be connected to", f"{self.address}: {error}") from None
         return socket
 
     def disconnect(self) -> None:
@@ -72,6 +81,8 @@ class KVClient(Surface):
         """Send until a reply to this very request comes. Raises the error it carries, or ManagerUnreachable."""
         self._number += 1
         request = wire.encode_request(self.client_id, self._number, body)
+        if len(request) > self._message_bytes_max:  # the manager would drop the connection, and never answer
+            raise InvalidValue("request", f"at most {self._message_bytes_max} bytes", f"{len(request)} bytes")
         deadline = time.monotonic() + self.timeout_ms / 1000
         while True:
             self._socket.send(request)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 __all__ = [
     "BadMessage",
     "Fenced",
+    "Internal",
     "InvalidValue",
     "InvariantBroken",
     "KVError",
@@ -154,6 +155,12 @@ class ReplicaGap(KVError):
     code = "replica_gap"
 
 
+class Internal(KVError):
+    """The manager failed to decide this command, by a fault of its own; it changed nothing. The text is for a bug report."""
+
+    code = "internal"
+
+
 class ManagerUnreachable(KVError):
     """No reply within the time limit. The command may or may not have been applied: sending the same number again is safe."""
 
@@ -179,6 +186,7 @@ _BY_CODE: dict[str, type[KVError]] = {
         Fenced,
         StaleStep,
         ReplicaGap,
+        Internal,
         ManagerUnreachable,
     )
 }

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvmanager.errors import BadMessage
 
-__all__ = ["EventBatch", "decode_batch", "encode_batch"]
+__all__ = ["EventBatch", "decode_batch", "encode_batch", "unpack"]
 
 I32 = np.dtype("<i4")
 I64 = np.dtype("<i8")
@@ -370,6 +370,24 @@ class EventBatch(NamedTuple):
     events: list[Any]
 
 
+def _no_ext(code: int, data: bytes) -> object:
+    raise BadMessage(f"message: expected no extension types, got type {code}")
+
+
+def unpack(data: bytes) -> Any:
+    """The one msgpack value in `data`. Raises BadMessage. Allocates for what is there, not for what a length field claims."""
+    try:
+        # A walk that builds nothing: arrays in arrays, each claiming as many items as the whole message has bytes, end here.
+        walker = msgpack.Unpacker(max_buffer_size=len(data))
+        walker.feed(data)
+        walker.skip()
+        return msgpack.unpackb(data, raw=False, max_ext_len=0, ext_hook=_no_ext, strict_map_key=True)
+    except BadMessage:
+        raise
+    except Exception as error:  # noqa: BLE001 - msgpack raises a dozen kinds; all mean the same here
+        raise BadMessage(f"message: {type(error).__name__}: {error}"[:200]) from None
+
+
 def encode_batch(batch: EventBatch) -> bytes:
     events = [
         [_CODE[type(event)], *(pack(value) for pack, value in zip(_PACKERS[type(event)], event, strict=True))] for event in batch.events
@@ -379,21 +397,17 @@ def encode_batch(batch: EventBatch) -> bytes:
 
 def decode_batch(data: bytes) -> EventBatch:
     """The batch in `data`. Raises BadMessage for anything that is not exactly one."""
-    try:
-        epoch, version, now_ms, rows = msgpack.unpackb(data, raw=False, max_ext_len=0, strict_map_key=True)
-        events = []
-        for code, *values in rows:
-            if type(code) is not int or not 1 <= code <= len(EVENTS):
-                raise BadMessage(f"event: expected a code in 1..{len(EVENTS)}, got {code!r}")
-            cls = EVENTS[code - 1]
-            unpackers = _UNPACKERS[cls]
-            if len(values) != len(unpackers):
-                raise BadMessage(f"event {cls.__name__}: expected {len(unpackers)} fields, got {len(values)}")
-            events.append(cls(*(unpack(value) for unpack, value in zip(unpackers, values, strict=True))))
-    except BadMessage:
-        raise
-    except Exception as error:  # noqa: BLE001 - msgpack raises a dozen kinds; all mean the same here
-        raise BadMessage(f"event batch: {type(error).__name__}: {error}"[:300]) from None
-    if not (type(epoch) is int and type(version) is int and type(now_ms) is int):
-        raise BadMessage("event batch: expected ints for epoch, version and now_ms")
+    message = unpack(data)
+    if type(message) is not list or [type(item) for item in message] != [int, int, int, list]:
+        raise BadMessage("event batch: expected [epoch, version, now_ms, events]")
+    epoch, version, now_ms, rows = message
+    events = []
+    for row in rows:
+        if type(row) is not list or not row or type(row[0]) is not int or not 1 <= row[0] <= len(EVENTS):
+            raise BadMessage(f"event: expected [code, *fields] with a code in 1..{len(EVENTS)}")
+        cls = EVENTS[row[0] - 1]
+        unpackers = _UNPACKERS[cls]
+        if len(row) != len(unpackers) + 1:
+            raise BadMessage(f"event {cls.__name__}: expected {len(unpackers)} fields, got {len(row) - 1}")
+        events.append(cls(*(read(value) for read, value in zip(unpackers, row[1:], strict=True))))
     return EventBatch(epoch, version, now_ms, events)

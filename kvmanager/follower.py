@@ -8,7 +8,7 @@ import zmq
 
 from kvmanager import wire
 from kvmanager.client import KVClient
-from kvmanager.errors import ManagerUnreachable, ReplicaGap
+from kvmanager.errors import BadMessage, ManagerUnreachable, ReplicaGap
 from kvmanager.replica import Replica
 
 __all__ = ["Follower"]
@@ -37,6 +37,7 @@ class Follower:
         self.socket.setsockopt(zmq.RCVHWM, 10_000)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self.socket.setsockopt(zmq.IPV6, hello["publish"].startswith("tcp://["))
         self.socket.connect(hello["publish"])
         try:
             self._synchronise()
@@ -64,10 +65,13 @@ class Follower:
             return False
         while True:
             try:
-                topic, _, body = self.socket.recv_multipart(zmq.NOBLOCK)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return True
             self.heard_at = time.monotonic()
+            if len(frames) != 3:
+                raise BadMessage(f"publication: expected 3 frames, got {len(frames)}")
+            topic, _, body = frames
             try:
                 if topic == wire.BATCH_TOPIC:
                     self.replica.feed(body)

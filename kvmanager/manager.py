@@ -17,7 +17,7 @@ from kvmanager.apply import apply
 from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, Tokens, WorkerGone
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide
-from kvmanager.errors import KVError, error_from_wire
+from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
 from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch
 from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
@@ -223,7 +223,12 @@ class KVManager(Surface):
 
     def execute(self, command: Command, client: int, number: int) -> bytes:
         """Carry out a client's request; gives the reply's bytes (msgpack). Raises KVError, with nothing changed."""
-        batch, reply = decide(self.state, command, self.clock(), client, number)
+        try:
+            batch, reply = decide(self.state, command, self.clock(), client, number)
+        except (KVError, InvariantBroken):
+            raise
+        except Exception as error:  # deciding only reads: our fault costs this sender an error, and nobody else anything
+            raise Internal(f"{type(command).__name__}: {type(error).__name__}: {error}"[:500]) from error
         if batch is not None:
             self._commit(batch)
         return reply

@@ -101,9 +101,12 @@ class Replica:
     def load(self, data: bytes) -> None:
         """Start from a snapshot. What this worker wrote before it is forgotten, so it is never reported as written again."""
         batch = ev.decode_batch(data)
-        acked = self.acked if batch.epoch == self.epoch else 0
+        same = batch.epoch == self.epoch
+        acked, copying = (self.acked if same else 0), self._copying
         self._reset()
         self.epoch, self.version, self.known, self.acked = batch.epoch, batch.version, batch.version, acked
+        self._copying = copying if same else dict.fromkeys(copying, 1)  # a snapshot does not stop a copy that is under way
+        self._owed = True  # what was freed in the versions that it skipped
         for event in batch.events:
             self._apply(event)
         self._find_pool()

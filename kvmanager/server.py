@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import stat
 import threading
 import time
 from typing import Any
@@ -22,6 +24,30 @@ from kvmanager.events import EventBatch
 from kvmanager.manager import KVManager
 
 __all__ = ["Server"]
+
+
+def _check_free(address: str) -> None:
+    """Raises InvalidValue for an ipc path that somebody listens at, or that is no socket: libzmq would unlink either and bind."""
+    path = address.removeprefix("ipc://")
+    if path == address or path == "*":
+        return
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise InvalidValue("address", "a path that is free", f"{path}, which is a file of another kind")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except BlockingIOError:
+        pass  # its backlog is full: somebody listens
+    except OSError:
+        return  # nothing there, or left behind by a process that was killed
+    raise InvalidValue("address", "an address that nobody serves", address)
+
+
+def _unlink(address: str) -> None:
+    if address.startswith("ipc://"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(address.removeprefix("ipc://"))
 
 
 class Server:
@@ -42,6 +68,7 @@ class Server:
         try:
             self._publisher = self._bind(zmq.PUB, publish, max_queue)
         except InvalidValue:
+            _unlink(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
             self._router.close(0)
             self._context.term()
             raise
@@ -54,22 +81,26 @@ class Server:
         manager.subscribe(self._on_batch)
 
     def _bind(self, kind: int, address: str, max_queue: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.MAXMSGSIZE, self.manager.config.message_bytes_max)
-        socket.setsockopt(zmq.SNDHWM, max_queue)
-        socket.setsockopt(zmq.RCVHWM, max_queue)
-        socket.setsockopt(zmq.LINGER, 0)
+        bound = self._context.socket(kind)
+        bound.setsockopt(zmq.MAXMSGSIZE, self.manager.config.message_bytes_max)
+        bound.setsockopt(zmq.SNDHWM, max_queue)
+        bound.setsockopt(zmq.RCVHWM, max_queue)
+        bound.setsockopt(zmq.LINGER, 0)
+        bound.setsockopt(zmq.IPV6, address.startswith("tcp://["))
         mask = os.umask(0o177)  # an ipc socket is a file: for its owner alone
         try:
-            socket.bind(address)
-        except zmq.ZMQError as error:
-            socket.close(0)
+            _check_free(address)
+            bound.bind(address)
+        except (zmq.ZMQError, InvalidValue) as error:
+            bound.close(0)
             if kind == zmq.ROUTER:
                 self._context.term()
+            if isinstance(error, InvalidValue):
+                raise
             raise InvalidValue("address", "an address that can be bound", f"{address}: {error}") from None
         finally:
             os.umask(mask)
-        return socket
+        return bound
 
     # --- life ----------------------------------------------------------------------------------------------------------------
 
@@ -84,18 +115,18 @@ class Server:
         self._stopping.set()
 
     def close(self) -> None:
-        """Stop, and close all sockets."""
+        """Stop, and close all sockets. A second time does nothing: the addresses may be another server's by then."""
+        if self._router.closed:
+            return
         self.stop()
         if self._thread is not None:
             self._thread.join(10)
         self.manager.unsubscribe(self._on_batch)
+        _unlink(self.address)  # first: once the sockets are closed, somebody else may bind these paths
+        _unlink(self.publish)
         self._router.close(0)
         self._publisher.close(0)
         self._context.term()
-        for address in (self.address, self.publish):
-            if address.startswith("ipc://"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(address.removeprefix("ipc://"))
 
     def run(self) -> None:
         """Serve until `stop()`."""

@@ -28,6 +28,7 @@ STATE_MACHINE = {
         "sequences",
         "handoff",
         "state",
+        "draft",
         "decide",
         "apply",
         "snapshot",

@@ -83,17 +83,8 @@ def _per_request(requests: list[Request], verdict: Verdict) -> list[dict[str, An
 
 def _print_tables(console: Console, rows: list[dict[str, Any]], pages: dict[str, dict[str, int]], peak: dict[str, int]) -> None:
     table = Table(title="requests", title_justify="left")
-    for name in (
-        "request",
-        "prompt tokens",
-        "cached tokens",
-        "pages moved",
-        "already there",
-        "first token ms",
-        "tokens/s",
-        "again",
-        "equal",
-    ):
+    names = ("", "prompt\ntokens", "cached\ntokens", "pages\nmoved", "pages\nshared", "first\nms", "tokens\n/s", "again", "equal")
+    for name in names:
         table.add_column(name, justify="right")
     for row in rows:
         again = row["preempted"] + row["lost"]
@@ -221,7 +212,7 @@ def _run(console: Console, config: EngineConfig, prompts: list[list[int]], new_t
     else:
         _print_tables(console, rows, pages, peak)
         for line in verdict.lines:
-            console.print(line)
+            console.print(line, soft_wrap=True)
         for request in requests:
             if request.error:
                 console.print(f"request {request.number} failed: {request.error}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import msgpack
 import pytest
 
+from kvmanager import decide as decide_module
 from kvmanager.commands import Ack, Join, Open, Step, Tick, WorkerGone
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.errors import BadMessage, KVError
+from kvmanager.errors import BadMessage, Internal, KVError
 from kvmanager.manager import KVManager
 from kvmanager.snapshot import state_digest
 from tests.control.conftest import tokens
@@ -114,14 +115,27 @@ def test_idle_manager_logs_no_ticks() -> None:
 
 
 def test_tick_ends_an_aborted_handoff_when_nothing_is_quarantined() -> None:
-    """The puller is dead and pulled nothing, so no page waits; the source pages must come back without anybody asking."""
+    """The puller died with nothing to pull, so no page waits for anybody; the handoff must end without anybody asking."""
     config = ManagerConfig(pools=(PoolConfig("A", 8, page_size=16), PoolConfig("B", 8, page_size=16)))
     manager = KVManager(config, clock=lambda: 0, checked=True)
-    source, target = manager.join("A0", "A", "bf16"), manager.join("B0", "B", "bf16")
-    opened = manager.open(tokens(1), "A")
-    manager.hand_off(opened.sequence, "B")
-    manager.close(opened.sequence)
-    manager.ack(source, manager.state.version)
+    manager.join("A0", "A", "bf16")
+    target = manager.join("B0", "B", "bf16")
+    manager.hand_off(manager.open(tokens(1), "A").sequence, "B")
     manager.worker_gone(target)
+    assert manager.state.handoffs
     manager.tick()
     assert not manager.state.handoffs
+
+
+def test_a_fault_of_our_own_in_deciding_costs_one_error_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule 5, for the bug nobody has thought of: decide only reads, so its failure leaves the state as it was."""
+    manager = KVManager(ManagerConfig(pools=(PoolConfig("p", 8, 16),)), checked=True)
+    before = state_digest(manager.state)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setitem(decide_module._DECIDERS, Join, broken)
+    with pytest.raises(Internal, match="Join: ZeroDivisionError: planted"):
+        manager.join("w", "p", "layout")
+    assert state_digest(manager.state) == before

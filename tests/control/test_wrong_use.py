@@ -67,7 +67,7 @@ def test_bad_config_names_table_key_and_limit(values: Any, field: str, limit: st
 
 @pytest.mark.parametrize("pools", [(), [PoolConfig("A", 8)], ("A",), None])
 def test_config_takes_a_tuple_of_pools(pools: Any) -> None:
-    with pytest.raises(InvalidValue, match="^pools: expected"):
+    with pytest.raises(InvalidValue, match=r"^pools: expected"):
         ManagerConfig(pools=pools)
 
 
@@ -120,7 +120,9 @@ def test_prompt_is_at_least_one_int32_token_id(make_rig: MakeRig, value: Any, sh
     assert rig.kv.snapshot() == before
 
 
-@pytest.mark.parametrize("value", [[5, 0], (5, 0), np.array([5, 0], np.int64), np.array([5, 0], np.uint8), b"\5\0\0\0\0\0\0\0", range(5, 4, -1)])
+@pytest.mark.parametrize(
+    "value", [[5, 0], (5, 0), np.array([5, 0], np.int64), np.array([5, 0], np.uint8), b"\5\0\0\0\0\0\0\0", range(5, 4, -1)]
+)
 def test_tokens_come_as_array_list_or_bytes(value: Any) -> None:
     made = Open(value, "A")
     assert made.tokens.dtype == np.int32
@@ -154,12 +156,22 @@ BAD_CALLS: list[tuple[str, Callable[[Rig, int], Any], type[KVError], str]] = [
     ("join-a-full-pool", lambda rig, s: rig.kv.join("x", "A", "bf16"), WrongState, "at most 1 live workers"),
     ("gone-unknown", lambda rig, s: rig.kv.worker_gone(77), Unknown, "worker: 77"),
     ("ack-of-the-future", lambda rig, s: rig.kv.ack(rig.workers["A"][0], 10_000), InvalidValue, "ack.version"),
-    ("ack-beyond-the-length", lambda rig, s: rig.kv.ack(rig.workers["A"][0], 1, ids=[s], tokens=[11]), InvalidValue, "at most the 10 tokens"),
+    (
+        "ack-beyond-the-length",
+        lambda rig, s: rig.kv.ack(rig.workers["A"][0], 1, ids=[s], tokens=[11]),
+        InvalidValue,
+        "at most the 10 tokens",
+    ),
     ("grow-twice", lambda rig, s: rig.kv.step(grow=[s, s]), InvalidValue, "step.grow: expected each sequence once"),
     ("grow-by-none", lambda rig, s: rig.kv.grow(s, 0), InvalidValue, "step.grow_counts: expected ints in 1..16777216, got 0"),
     ("grow-by-less", lambda rig, s: rig.kv.grow(s, -5), InvalidValue, "step.grow_counts"),
     ("grow-by-half", lambda rig, s: rig.kv.grow(s, 0.5), InvalidValue, "step.grow_counts"),
-    ("grow-counts-missing", lambda rig, s: rig.kv.step(grow=[s], grow_counts=[1, 2]), InvalidValue, "1 counts, one for each sequence, got 2"),
+    (
+        "grow-counts-missing",
+        lambda rig, s: rig.kv.step(grow=[s], grow_counts=[1, 2]),
+        InvalidValue,
+        "1 counts, one for each sequence, got 2",
+    ),
     ("id-zero", lambda rig, s: rig.kv.grow(0), InvalidValue, "step.grow: expected ints in 1..9223372036854775807, got 0"),
     ("id-negative", lambda rig, s: rig.kv.close(-s), InvalidValue, "step.close"),
     ("id-true", lambda rig, s: rig.kv.close(True), InvalidValue, "step.close"),
@@ -175,7 +187,12 @@ BAD_CALLS: list[tuple[str, Callable[[Rig, int], Any], type[KVError], str]] = [
     ("tenant-too-long", lambda rig, s: rig.kv.open([1], "A", tenant=b"x" * 257), InvalidValue, "open.tenant: expected at most 256 bytes"),
     ("tenant-a-number", lambda rig, s: rig.kv.open([1], "A", tenant=5), InvalidValue, "open.tenant"),
     ("pool-a-number", lambda rig, s: rig.kv.open([1], 5), InvalidValue, "open.pool"),
-    ("memory-too-long", lambda rig, s: rig.kv.join("x", "A", "bf16", memory=b"x" * 4097), InvalidValue, "join.memory: expected at most 4096"),
+    (
+        "memory-too-long",
+        lambda rig, s: rig.kv.join("x", "A", "bf16", memory=b"x" * 4097),
+        InvalidValue,
+        "join.memory: expected at most 4096",
+    ),
     ("layout-empty", lambda rig, s: rig.kv.join("x", "A", ""), InvalidValue, "join.layout"),
     ("worker-negative", lambda rig, s: rig.kv.ack(-1, 0), InvalidValue, "ack.worker"),
     ("version-negative", lambda rig, s: rig.kv.ack(1, -1), InvalidValue, "ack.version"),
@@ -298,7 +315,22 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=8,
 )
-names = ("opens", "grow", "grow_counts", "close", "tokens", "hand_off", "abort", "worker", "version", "ids", "pulled", "name", "pool", "layout")
+names = (
+    "opens",
+    "grow",
+    "grow_counts",
+    "close",
+    "tokens",
+    "hand_off",
+    "abort",
+    "worker",
+    "version",
+    "ids",
+    "pulled",
+    "name",
+    "pool",
+    "layout",
+)
 command_maps = st.fixed_dictionaries({"t": st.sampled_from(["step", "join", "ack", "gone", "tick"])}).flatmap(
     lambda kind: st.dictionaries(st.sampled_from(names), anything, max_size=5).map(lambda more: {**more, **kind})
 )
