@@ -74,6 +74,10 @@ class KVClient(Surface):
         """The manager's state as the bytes of one event batch."""
         return self._ask({"t": "snapshot"})["snapshot"]
 
+    def tables_snapshot(self) -> bytes:
+        """The part of the manager's state that a replica starts from: tables, workers, handoffs."""
+        return self._ask({"t": "tables"})["tables"]
+
     def _execute(self, command: Command) -> dict[str, Any]:
         return self._ask(command_to_wire(command))
 

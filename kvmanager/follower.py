@@ -56,7 +56,7 @@ class Follower:
             if time.monotonic() > deadline:
                 raise ManagerUnreachable(f"manager: expected a publication within {self.timeout_ms} ms, got none")
             self.client.hello()
-        self.replica.load(self.client.snapshot())
+        self.replica.load(self.client.tables_snapshot())
         self.resyncs += 1
 
     def poll(self, timeout_ms: int = 0) -> bool:

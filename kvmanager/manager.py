@@ -21,7 +21,7 @@ from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
 from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch
 from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
-from kvmanager.snapshot import snapshot
+from kvmanager.snapshot import snapshot, tables_snapshot
 from kvmanager.state import Notice, State
 
 __all__ = ["KVManager", "Opened", "Refused", "StepReply", "Surface", "new_state", "pool_stats"]
@@ -254,6 +254,10 @@ class KVManager(Surface):
     def snapshot(self) -> bytes:
         """The state as the bytes of one event batch."""
         return encode_batch(snapshot(self.state))
+
+    def tables_snapshot(self) -> bytes:
+        """The part of the state that a replica starts from: tables, workers, handoffs."""
+        return encode_batch(tables_snapshot(self.state))
 
     def disconnect(self) -> None:
         """Nothing to do here; a client closes its connection."""

@@ -268,7 +268,8 @@ class Replica:
         return self._own(self.tables.last_ids)
 
     def _on_publish(self, event: ev.PagesPublished) -> None:
-        self._owed = True  # the swapped copies, if any, are free once acknowledged
+        # The swapped copies, if any, are free once acknowledged.
+        self._owed |= int(self.tables.pools[self.tables.row(event.sequence)]) == self.pool
         self.tables.swap(event.sequence, event.first, event.pages)
 
     def _forget(self, sequence: int) -> None:

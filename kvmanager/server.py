@@ -153,6 +153,8 @@ class Server:
                 raise BadMessage(f"request: expected 1 frame, got {len(frames) - 1}")
             client, number, message = wire.decode_request(frames[1])
             reply = wire.encode_ok(number, self._answer(client, number, message))
+            if len(reply) > self.manager.config.message_bytes_max:  # the client would drop the connection, and never know why
+                raise InvalidValue("reply", f"at most {self.manager.config.message_bytes_max} bytes", f"{len(reply)} bytes")
         except KVError as error:
             self.bad_messages += isinstance(error, BadMessage)
             reply = wire.encode_error(number, error)
@@ -169,6 +171,8 @@ class Server:
             return msgpack.packb(self.manager.stats())
         if kind == "snapshot":
             return msgpack.packb({"snapshot": self.manager.snapshot()})
+        if kind == "tables":
+            return msgpack.packb({"tables": self.manager.tables_snapshot()})
         return self.manager.execute(command_from_wire(message), client, number)
 
     # --- publications --------------------------------------------------------------------------------------------------------

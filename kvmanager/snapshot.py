@@ -14,10 +14,10 @@ from kvmanager.config import ManagerConfig
 from kvmanager.prefix import Node
 from kvmanager.state import State
 
-__all__ = ["load_snapshot", "snapshot", "state_digest"]
+__all__ = ["load_snapshot", "snapshot", "state_digest", "tables_snapshot"]
 
 
-def snapshot(state: State) -> ev.EventBatch:
+def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
     """Everything in `state`, in an order that depends on content alone: equal states give equal bytes."""
     events: list[Any] = []
     numbers: list[dict[Node, int]] = []
@@ -28,7 +28,7 @@ def snapshot(state: State) -> ev.EventBatch:
         events.append(ev.WorkerRestored(worker.worker_id, worker.acked, worker.deadline_ms, int(worker.fenced)))
     for pool in state.pools:
         numbered: dict[Node, int] = {}
-        for namespace, node in pool.prefix.walk():
+        for namespace, node in pool.prefix.walk() if with_index else ():
             numbered[node] = len(numbered) + 1
             parent = numbered.get(node.parent, 0) if node.parent is not None else 0
             events.append(
@@ -37,7 +37,7 @@ def snapshot(state: State) -> ev.EventBatch:
                 )
             )
         numbers.append(numbered)
-        events.append(ev.LruRestored(pool.index, np.array([numbered[node] for node in pool.prefix.lru], np.int64)))
+        events.append(ev.LruRestored(pool.index, np.array([numbered[node] for node in pool.prefix.lru] if with_index else [], np.int64)))
         entries = pool.quarantine
         events.append(
             ev.PoolRestored(
@@ -107,6 +107,27 @@ def snapshot(state: State) -> ev.EventBatch:
         )
     )
     return ev.EventBatch(state.epoch, state.version, state.now_ms, events)
+
+
+_SEEN_BY_REPLICAS = (
+    ev.PoolAdded,
+    ev.WorkerJoined,
+    ev.WorkerRestored,
+    ev.SequenceRestored,
+    ev.HandoffRestored,
+    ev.StateRestored,
+)
+
+
+def tables_snapshot(state: State) -> ev.EventBatch:
+    """What a replica needs of a snapshot: tables, workers, handoffs. Neither the prefix index, which may be large, nor token ids."""
+    full = snapshot(state, with_index=False)
+    events = [
+        event._replace(tokens=b"") if isinstance(event, ev.SequenceRestored) else event
+        for event in full.events
+        if isinstance(event, _SEEN_BY_REPLICAS)
+    ]
+    return full._replace(events=events)
 
 
 def load_snapshot(config: ManagerConfig, batch: ev.EventBatch) -> State:

@@ -261,11 +261,11 @@ class Feed:
         self.heartbeat()
         return {"publish": self.address, "epoch": 1, "message_bytes_max": 1 << 20}
 
-    def snapshot(self) -> bytes:
+    def tables_snapshot(self) -> bytes:
         if self.unreachable:
             raise ManagerUnreachable("manager: expected a reply, got none")
         self.snapshots += 1
-        return self.manager.snapshot()
+        return self.manager.tables_snapshot()
 
     def heartbeat(self) -> None:
         state = self.manager.state

@@ -11,7 +11,7 @@ import pytest
 
 from kvmanager.commands import Tick
 from kvmanager.errors import InvalidValue, KVError, ReplicaGap, StaleStep, Unknown
-from kvmanager.events import EventBatch, decode_batch, encode_batch
+from kvmanager.events import EventBatch, LruRestored, NodeRestored, PoolRestored, decode_batch, encode_batch
 from kvmanager.manager import KVManager
 from kvmanager.replica import AckContent, Replica
 from tests.wire.conftest import config
@@ -31,7 +31,7 @@ class Rig:
         self.workers = {name: self.kv.join(f"{name}0", name, "bf16") for name in self.replicas}
         self.digests[self.version] = self.kv.state.tables.digest()
         for replica in self.replicas.values():
-            replica.load(self.kv.snapshot())
+            replica.load(self.kv.tables_snapshot())
         self.kv.subscribe(self._on_batch)
 
     def _on_batch(self, batch: EventBatch, data: bytes) -> None:
@@ -123,7 +123,7 @@ def test_replica_equals_the_manager_after_every_batch(seed: int) -> None:
     also when batches are lost and a snapshot takes their place."""
     rng = random.Random(seed)
     rig, observer, held = Rig(num_pages=40), Replica(), []
-    observer.load(rig.kv.snapshot())
+    observer.load(rig.kv.tables_snapshot())
     copying: dict[str, list[int]] = {"main": [], "other": []}
 
     def check(batch: EventBatch, data: bytes) -> None:
@@ -149,7 +149,7 @@ def test_replica_equals_the_manager_after_every_batch(seed: int) -> None:
                 rig.send(name, replica.ack())
             if rng.random() < 0.03:
                 snapshots += 1
-                replica.load(rig.kv.snapshot())
+                replica.load(rig.kv.tables_snapshot())
             assert replica.tables.digest() == rig.digests[replica.version]
             replica.check(*rig.heartbeat())
     for name, replica in rig.replicas.items():
@@ -166,7 +166,7 @@ def test_replica_that_loses_batches_is_equal_again_after_a_snapshot(seed: int) -
     """Rule 3: a gap leads to a snapshot, never to a guess - whatever was lost, doubled or came late."""
     rng = random.Random(seed)
     rig, lossy, held, gaps = Rig(num_pages=40), Replica(), [], 0
-    lossy.load(rig.kv.snapshot())
+    lossy.load(rig.kv.tables_snapshot())
     for _ in range(200):
         before = len(rig.log)
         with contextlib.suppress(KVError):
@@ -179,7 +179,7 @@ def test_replica_that_loses_batches_is_equal_again_after_a_snapshot(seed: int) -
                 lossy.feed(data)
             except ReplicaGap:
                 gaps += 1
-                lossy.load(rig.kv.snapshot())
+                lossy.load(rig.kv.tables_snapshot())
             assert lossy.tables.digest() == rig.digests[lossy.version]
     assert gaps > 3
 
@@ -195,8 +195,20 @@ def test_lost_batch_is_a_gap_that_says_which(rig: Rig) -> None:
         replica.feed(rig.log[-1][1])
     assert caught.value.details["expected"] == known + 1
     assert (replica.version, replica.known) == (known, known) and replica.tables.digest() == rig.digests[known]
-    replica.load(rig.kv.snapshot())
+    replica.load(rig.kv.tables_snapshot())
     assert replica.tables.digest() == rig.kv.state.tables.digest()
+
+
+def test_tables_snapshot_grows_with_open_sequences_not_with_the_cache(rig: Rig) -> None:
+    """A replica needs neither the prefix index nor token ids; both snapshots start it equally well."""
+    rig.open(40, "other")
+    small, whole = Replica(), Replica()
+    small.load(rig.kv.tables_snapshot())
+    whole.load(rig.kv.snapshot())
+    assert small.tables.digest() == whole.tables.digest() == rig.kv.state.tables.digest()
+    kinds = {type(event) for event in decode_batch(rig.kv.tables_snapshot()).events}
+    assert not kinds & {NodeRestored, PoolRestored, LruRestored}
+    assert len(rig.kv.tables_snapshot()) < len(rig.kv.snapshot()) - 40 * 4
 
 
 def test_older_batches_are_dropped(rig: Rig) -> None:
@@ -204,7 +216,7 @@ def test_older_batches_are_dropped(rig: Rig) -> None:
     for _ in range(4):
         rig.open(5, "other")
     late = Replica()
-    late.load(rig.kv.snapshot())
+    late.load(rig.kv.tables_snapshot())
     for _, data in rig.log:
         late.feed(data)
     assert late.version == rig.version and late.tables.digest() == rig.kv.state.tables.digest()
@@ -234,7 +246,7 @@ def test_heartbeat_reveals_differing_tables(rig: Rig, column: str) -> None:
     setattr(replica.tables, column, changed)
     with pytest.raises(ReplicaGap, match="differ from the manager's"):
         replica.check(*rig.heartbeat())
-    replica.load(rig.kv.snapshot())
+    replica.load(rig.kv.tables_snapshot())
     replica.check(*rig.heartbeat())
 
 
@@ -260,7 +272,7 @@ def test_change_of_epoch_is_a_gap(rig: Rig) -> None:
     assert replica.tables.digest() == rig.kv.state.tables.digest()
     reborn = KVManager(config(), epoch=2)
     reborn.join("main0", "main", "bf16")
-    replica.load(reborn.snapshot())
+    replica.load(reborn.tables_snapshot())
     assert (replica.epoch, replica.version, replica.acked) == (2, 2, 0)
     replica.check(2, 2, reborn.state.tables.digest())
 
@@ -268,7 +280,7 @@ def test_change_of_epoch_is_a_gap(rig: Rig) -> None:
 def test_snapshot_without_the_worker_s_pool_is_refused(rig: Rig) -> None:
     """A worker started with another manager's pool name learns it at once."""
     with pytest.raises(Unknown, match="pool: nowhere"):
-        Replica("nowhere").load(rig.kv.snapshot())
+        Replica("nowhere").load(rig.kv.tables_snapshot())
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------------------
@@ -351,7 +363,7 @@ def test_ready_refuses_steps_that_a_snapshot_skipped(rig: Rig) -> None:
     rig.open(3)
     skipped = rig.version
     rig.open(4)
-    main.load(rig.kv.snapshot())
+    main.load(rig.kv.tables_snapshot())
     assert main.step == 0 and main.acked < skipped
     for version in (skipped, rig.version):
         with pytest.raises(StaleStep, match=f"expected a version above {rig.version} "):
@@ -366,7 +378,7 @@ def test_acknowledgement_outlives_a_snapshot_of_the_same_epoch_only(rig: Rig) ->
     rig.settle()
     acked = main.acked
     assert acked > 0
-    main.load(rig.kv.snapshot())
+    main.load(rig.kv.tables_snapshot())
     assert main.acked == acked
     main.load(encode_batch(decode_batch(rig.kv.snapshot())._replace(epoch=2)))
     assert main.acked == 0
@@ -409,7 +421,7 @@ def test_what_was_written_before_a_snapshot_is_never_reported_again(rig: Rig) ->
     sequence = rig.open(PAGE)
     rig.run("main")
     rig.kv.grow(sequence, PAGE)
-    rig.replicas["main"].load(rig.kv.snapshot())
+    rig.replicas["main"].load(rig.kv.tables_snapshot())
     rig.kv.grow(sequence, PAGE)
     rig.settle()
     assert rig.kv.state.sequences[sequence].written.get(rig.workers["main"], 0) == 0
@@ -506,7 +518,7 @@ def test_acknowledgement_never_passes_a_pull_aborted_meanwhile(rig: Rig, snapsho
     assert replica.pulls() == []
     if snapshot:
         rig.open(3, "other")
-        replica.load(rig.kv.snapshot())
+        replica.load(rig.kv.tables_snapshot())
     for _ in range(3):
         rig.open(3, "other")
         rig.run("other")
@@ -563,7 +575,7 @@ def test_pull_is_found_again_in_a_snapshot(rig: Rig) -> None:
     replica = rig.replicas["other"]
     [before] = replica.pulls()
     rig.open(3, "other")
-    replica.load(rig.kv.snapshot())
+    replica.load(rig.kv.tables_snapshot())
     [after] = replica.pulls()
     assert before._replace(source_pages=0, target_pages=0) == after._replace(source_pages=0, target_pages=0)
     assert np.array_equal(before.source_pages, after.source_pages) and np.array_equal(before.target_pages, after.target_pages)
@@ -604,7 +616,7 @@ def test_freed_pages_come_back_without_another_step(rig: Rig) -> None:
     rig.kv.close(sequence)
     rig.deaf.clear()
     assert rig.kv.state.pool("main").counts().quarantined == 1
-    rig.replicas["main"].load(rig.kv.snapshot())
+    rig.replicas["main"].load(rig.kv.tables_snapshot())
     rig.settle()
     assert rig.kv.state.pool("main").counts().free == 64
 

@@ -140,7 +140,7 @@ def test_oversized_message_costs_its_sender_the_connection(
     make_server: MakeServer, connect: Connect, zmq_context: zmq.Context[Any]
 ) -> None:
     """MAXMSGSIZE is always set: what is longer than message_bytes_max is not even read, and others do not notice."""
-    server = make_server(KVManager(config(message_bytes_max=4096)))
+    server = make_server(KVManager(config(message_bytes_max=4096, sequences_max=64)))
     client = connect(server)
     before = digest(client)
     with dealer(zmq_context, server.address) as peer:
@@ -159,6 +159,19 @@ def test_client_refuses_to_send_what_the_manager_would_not_read(make_server: Mak
     with pytest.raises(InvalidValue, match=r"request: expected at most 4096 bytes, got 41\d\d bytes"):
         client.open([1] * 1024, "main")
     assert client.stats()["version"] == 1
+
+
+def test_reply_beyond_the_bound_is_an_error_not_a_lost_connection(make_server: MakeServer, connect: Connect) -> None:
+    """A snapshot of everything may outgrow a message; the tables that a replica needs still fit."""
+    server = make_server(KVManager(config(message_bytes_max=8192, sequences_max=64)))
+    client = connect(server)
+    client.join("w", "main", "layout")
+    for start in range(4):
+        client.open(range(start * 1000, start * 1000 + 1000), "main")
+    with pytest.raises(InvalidValue, match="reply: expected at most 8192 bytes"):
+        client.snapshot()
+    assert len(client.tables_snapshot()) < 8192
+    client.stats()
 
 
 def test_bytes_that_are_no_zmtp_leave_the_server_alone(make_server: MakeServer, connect: Connect) -> None:
