@@ -304,8 +304,8 @@ def _open(draft: Draft, command: Open, client: int) -> list[int]:
         pages.unpin(pinned)
         raise OutOfPages(pool.name, needed, available, pool.quarantined)
     fresh = pages.take(needed)
-    opened_before = sum(isinstance(event, ev.SequenceOpened) for event in draft.events)
-    sequence_id = (state.next_generation + opened_before) << SLOT_BITS | draft.slots.pop(1)[0]
+    sequence_id = (state.next_generation + draft.opened) << SLOT_BITS | draft.slots.pop(1)[0]
+    draft.opened += 1
     as_array = np.array(cached, np.int32), np.array(fresh, np.int32)
     draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, *as_array, length))
     return [sequence_id, len(cached) * pool.page_size, length]

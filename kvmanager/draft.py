@@ -125,6 +125,7 @@ class Draft:
         self.fenced: dict[int, None] = {}
         self.written: dict[int, dict[int, int]] = {}  # sequence -> worker -> tokens
         self.appended: dict[int, int] = {}  # sequence -> token ids that become known
+        self.opened = 0
         self.closed: dict[int, None] = {}
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}
