@@ -199,6 +199,11 @@ class Replica:
         if self._pulls.pop(handoff, None) is not None:
             self._pulled.append(handoff)
 
+    def pull_failed(self, handoff: int) -> None:
+        """Copying has ended without success, and will not be tried again here: nothing is reported, the handoff waits to be aborted."""
+        self._copying.pop(handoff, None)
+        self._pulls.pop(handoff, None)
+
     # --- acknowledging -------------------------------------------------------------------------------------------------------
 
     def ack(self) -> AckContent | None:

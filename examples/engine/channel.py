@@ -7,6 +7,7 @@ worker -> scheduler   ready   {"t", "pool", "worker", "pid"}
                       done    {"t", "version", "out": [[sequence, next token], ...], "logits": float32 bytes or b""}
                       stale   {"t", "version"}     the step came too late and was not run
                       pulled  {"t", "handoff", "moved", "shared"}
+                      pull_failed  {"t", "handoff", "error"}
                       latents {"t", "sequence", "data": float32 bytes, "shape"}
                       failed  {"t", "error"}
 """

@@ -51,6 +51,7 @@ class Request:
     pages_shared: int = 0
     preempted: int = 0
     lost: int = 0
+    pull_failures: int = 0
     error: str = ""
     submitted: float = 0.0
     first_token: float = 0.0

@@ -20,6 +20,8 @@ from kvmanager.examples.engine.request import Request, Stage
 
 __all__ = ["PoolState", "Scheduler", "Supervisor"]
 
+PULL_ATTEMPTS = 3  # after so many failed handoffs a request is refused with the reason
+
 
 class Supervisor(Protocol):
     """Who started the workers' processes and can say, for certain, that one has ended."""
@@ -142,6 +144,10 @@ class Scheduler:
                 if moved := self._by_handoff.pop(message["handoff"], None):
                     moved.pages_moved += message["moved"]
                     moved.pages_shared += message["shared"]
+            elif message["t"] == "pull_failed":
+                failed = self._by_handoff.pop(message["handoff"], None)
+                if failed is not None and failed.handoff == message["handoff"]:  # otherwise its source's death is known already
+                    self._on_pull_failed(failed, message["error"])
             elif message["t"] == "latents":
                 if dumped := self._by_sequence.get(message["sequence"]):
                     dumped.latents = (message["shape"], message["data"])
@@ -180,6 +186,14 @@ class Scheduler:
         self._by_sequence.pop(request.sequence, None)
         self._to_close.append(request.sequence)
         request.restart()
+
+    def _on_pull_failed(self, request: Request, error: str) -> None:
+        """Its pages cannot be read where they are: compute them again, perhaps elsewhere; closing the sequence aborts the handoff."""
+        request.pull_failures += 1
+        if request.pull_failures < PULL_ATTEMPTS:
+            self._give_up(request)
+        else:
+            self._end(request, f"handoff failed {PULL_ATTEMPTS} times: {error}")
 
     def _on_lost(self, sequence: int) -> None:
         request = self._by_sequence.pop(sequence, None)

@@ -148,10 +148,15 @@ class Worker:
         """Copy the pages of sequences that are moving here, then say so."""
         for pull in self.replica.pulls():
             self.replica.begin_pull(pull.handoff)
-            peer = self.peers.get(pull.peer.worker)
-            if peer is None:
-                peer = self.peers[pull.peer.worker] = PeerMemory.open(msgpack.unpackb(pull.peer.memory), self.memory.layout)
-            self.memory.pull(peer, pull.source_pages, pull.target_pages)
+            try:
+                peer = self.peers.get(pull.peer.worker)
+                if peer is None:
+                    peer = self.peers[pull.peer.worker] = PeerMemory.open(msgpack.unpackb(pull.peer.memory), self.memory.layout)
+                self.memory.pull(peer, pull.source_pages, pull.target_pages)
+            except (KVError, OSError, RuntimeError) as error:  # the source may have died this moment: that is its end, not ours
+                self.replica.pull_failed(pull.handoff)
+                self.channel.send({"t": "pull_failed", "handoff": pull.handoff, "error": f"pages of {pull.peer.name}: {error}"[:500]})
+                continue
             self.replica.pulled(pull.handoff)
             self.acknowledge()
             moved = {"t": "pulled", "handoff": pull.handoff, "moved": len(pull.target_pages), "shared": pull.shared_pages}

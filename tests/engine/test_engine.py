@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 import torch
 
 from kvmanager.errors import InvalidValue
+from kvmanager.events import WorkerJoined, decode_batch
 from kvmanager.examples.engine.checkpoint import make_checkpoint
 from kvmanager.examples.engine.compare import against_transformers
 from kvmanager.examples.engine.demo import pages_at_rest, serve_prompts
@@ -170,6 +172,37 @@ def test_frozen_worker_is_fenced_then_killed_and_its_requests_end_elsewhere(chec
         assert sum(request.lost for request in requests) > 0
         _serve_until(engine, requests, lambda: not engine.client.stats()["pools"]["decode0"]["fenced"])
         assert_served(engine, checkpoint, requests)
+
+
+def _hide_memory(engine: Engine, pool: str) -> None:
+    """Make a live worker's pages impossible to open, as they are in the moment after its death."""
+    joined = [each for each in decode_batch(engine.client.tables_snapshot()).events if isinstance(each, WorkerJoined)]
+    export = next(msgpack.unpackb(each.memory) for each in joined if each.name == pool)
+    Path("/dev/shm", export["name"]).unlink()
+
+
+def test_pages_that_cannot_be_opened_cost_a_retry_not_the_decode_worker(checkpoint: Path) -> None:
+    """The source's memory may vanish between the plan and the pull. The puller lives on; the request is computed again elsewhere."""
+    config = EngineConfig(checkpoint, prefill_workers=2, page_size=PAGE, keep_latents=True)
+    with Engine(config) as engine:
+        _hide_memory(engine, "prefill0")
+        requests, _ = serve_prompts(engine, [prompt(60 + number, 900 + number) for number in range(3)], 8)
+        assert sum(request.pull_failures for request in requests) > 0
+        assert [name for name, pool in engine.client.stats()["pools"].items() if not pool["workers"]] == []
+        served = [request for request in requests if not request.error]
+        assert all("handoff failed 3 times: pages of prefill0" in request.error for request in requests if request.error)
+        assert_served(engine, checkpoint, served)
+
+
+def test_pages_that_can_never_be_opened_fail_the_request_with_the_reason(checkpoint: Path) -> None:
+    """Bounded: three attempts, then an error that says what and where; everything comes home."""
+    with Engine(EngineConfig(checkpoint, page_size=PAGE)) as engine:
+        _hide_memory(engine, "prefill0")
+        requests, _ = serve_prompts(engine, [prompt(40, 950)], 8)
+        assert requests[0].stage is Stage.FAILED
+        assert "handoff failed 3 times: pages of prefill0: name: expected the shared memory of a live peer" in requests[0].error
+        pages = pages_at_rest(engine)
+        assert all(each["used"] == 0 and each["quarantined"] == 0 for each in pages.values()), pages
 
 
 def test_without_any_decode_worker_left_requests_fail_with_the_reason(checkpoint: Path) -> None:
