@@ -628,3 +628,18 @@ def test_renewal_is_possible_at_any_time_and_claims_nothing_new(rig: Rig) -> Non
     assert replica.renewal() == AckContent(rig.version - 1, [], [], [])
     content: Any = replica.renewal()
     assert content.version == rig.version - 1 and replica.ready(rig.version)
+
+
+def test_failed_pull_is_not_reported_and_holds_nothing_up(rig: Rig) -> None:
+    """The copy has ended, so acknowledging may go on; the handoff stays under way until somebody aborts it, and then pages come home."""
+    sequence, handoff = rig.moving()
+    replica = rig.replicas["other"]
+    replica.begin_pull(handoff)
+    replica.pull_failed(handoff)
+    assert replica.pulls() == []
+    rig.settle()
+    assert list(rig.kv.state.handoffs) == [handoff] and rig.kv.state.sequences[sequence].pool == 0
+    rig.kv.close(sequence)
+    rig.settle()
+    for pool in rig.kv.stats()["pools"].values():
+        assert pool["pages"]["used"] == pool["pages"]["quarantined"] == 0
