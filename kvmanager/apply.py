@@ -1,6 +1,6 @@
 """apply: the only writer of `State`. It makes no choices: what happens was decided, or is restored from a snapshot.
 
-It never fails on a decided batch; `InvariantBroken` here means a bug or bytes that are no journal of this manager.
+It never fails on a decided batch; `InvariantBroken` here means a bug or bytes that are no log of this manager.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
 from kvmanager.state import Client, Notice, State, Worker
 
 __all__ = ["apply"]
-
-TOKEN_BYTES = 4
 
 
 class Restoring:
@@ -94,7 +92,7 @@ def _worker_dead(state: State, event: ev.WorkerDead) -> None:
 
 def _note_publishable(state: State, sequence: Sequence) -> None:
     publishable = state.pools[sequence.pool].publishable
-    if state.publishable_pages(sequence) > sequence.published:
+    if state.publishable_pages(sequence, state.written(sequence)) > sequence.published:
         publishable[sequence.sequence_id] = None
     else:
         publishable.pop(sequence.sequence_id, None)

@@ -28,17 +28,16 @@ from kvmanager.errors import (
 )
 from kvmanager.handoff import HandoffState
 from kvmanager.pool import Pool
-from kvmanager.sequences import SLOT_BITS
+from kvmanager.prefix import TOKEN_BYTES
+from kvmanager.sequences import SLOT_BITS, slot_of
 from kvmanager.state import State, encode_namespace
 from kvmanager.tables import div_ceil
 
 __all__ = ["Decision", "decide"]
 
-TOKEN_BYTES = 4
-
 
 class Decision(NamedTuple):
-    """The batch to journal, apply and publish, or None for a request that was answered before; and the reply's bytes."""
+    """The batch to apply and publish, or None for a request that was answered before; and the reply's bytes."""
 
     batch: ev.EventBatch | None
     reply: bytes
@@ -193,7 +192,7 @@ def _close(draft: Draft, sequence_id: int) -> None:
     if sequence.handoff and sequence.handoff not in draft.aborted:
         _abort(draft, sequence.handoff, "the sequence was closed")
     draft.closed[sequence_id] = None
-    draft.slots.push([sequence_id & ((1 << SLOT_BITS) - 1)])
+    draft.slots.push([slot_of(sequence_id)])
     draft.events.append(ev.SequenceClosed(sequence_id, 0))
 
 
@@ -357,7 +356,6 @@ def _pulled(draft: Draft, handoff_id: int, worker: int, pool: int) -> None:
         return
     draft.events.append(ev.HandoffPulled(handoff_id, worker))
     if all(each in handoff.pulled or each == worker for each in draft.live_workers(pool)):
-        draft.resident[handoff_id] = None
         draft.events.append(ev.HandoffResident(handoff_id))
 
 
@@ -448,7 +446,7 @@ def _publish(draft: Draft) -> None:
         pool = state.pools[sequence.pool]
         step = pool.prefix.page_bytes
         first = sequence.published
-        last = min(draft.written_tokens(sequence), len(sequence.tokens) // TOKEN_BYTES) // pool.page_size
+        last = state.publishable_pages(sequence, draft.written_tokens(sequence))
         if last <= first:
             continue
         pages = state.tables.pages_of(sequence_id)[first:last].tolist()

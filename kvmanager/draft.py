@@ -129,7 +129,6 @@ class Draft:
         self.closed: dict[int, None] = {}
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}
-        self.resident: dict[int, None] = {}
         self._pools: dict[int, PoolDraft] = {}
 
     def pool(self, index: int) -> PoolDraft:

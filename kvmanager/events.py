@@ -1,4 +1,4 @@
-"""Events: the only thing that changes state. A batch of them is one version; its bytes are journaled, applied and published.
+"""Events: the only thing that changes state. A batch of them is one version; its bytes are what is applied and published.
 
 Each event is a NamedTuple with a fixed code and fixed fields. On the wire it is `[code, *fields]` in msgpack; arrays are little-endian
 bytes. A code or a field that a reader does not know is an error, never skipped: skipping would make it diverge silently. So a new

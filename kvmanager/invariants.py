@@ -28,7 +28,7 @@ def check_invariants(state: State) -> None:
                 length = state.tables.length(sequence.sequence_id)
                 if not (length <= len(pages) * pool.page_size):
                     _fail(pool.name, f"sequence {sequence.sequence_id}: {length} tokens do not fit {len(pages)} pages")
-                if state.tables.pools[state.tables.row(sequence.sequence_id)] != pool.index:
+                if state.tables.pool_of(sequence.sequence_id) != pool.index:
                     _fail(pool.name, f"sequence {sequence.sequence_id}: table row names another pool")
         for handoff in state.handoffs.values():
             if handoff.source == pool.index:

@@ -195,7 +195,7 @@ def pool_stats(state: State) -> dict[str, Any]:
 
 
 class KVManager(Surface):
-    """The manager as an object: decide, journal, apply, publish, reply, in that order.
+    """The manager as an object: decide, apply, publish, reply, in that order.
 
     config   pools and bounds
     clock    milliseconds, never going back; tests and the simulator pass their own
@@ -241,7 +241,7 @@ class KVManager(Surface):
         state, now = self.state, self.clock()
         if (
             any(not worker.fenced and now > worker.deadline_ms for worker in state.workers.values())
-            or any(entry.version <= state.acked(pool.index) for pool in state.pools for entry in list(pool.quarantine.values())[:1])
+            or any(pool.quarantine and pool.oldest_quarantined() <= state.acked(pool.index) for pool in state.pools)
             or any(each.state is HandoffState.ABORTED and each.version <= state.acked(each.target) for each in state.handoffs.values())
         ):
             self._number += 1

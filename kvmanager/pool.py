@@ -61,6 +61,10 @@ class Pool:
         cached = self.num_pages - len(self.free) - self.used - self.quarantined
         return PoolCounts(len(self.free), self.used, cached, self.quarantined, self.num_pages)
 
+    def oldest_quarantined(self) -> int:
+        """Version of the oldest quarantine entry; there must be one."""
+        return next(iter(self.quarantine.values())).version
+
     # --- changes: called by apply only ---------------------------------------------------------------------------------------
 
     def take(self, pages: list[int]) -> None:

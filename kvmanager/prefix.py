@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from kvmanager.errors import InvariantBroken
 
-__all__ = ["Match", "Node", "PrefixIndex"]
+__all__ = ["TOKEN_BYTES", "Match", "Node", "PrefixIndex"]
 
 TOKEN_BYTES = 4  # token ids are little-endian int32
 

@@ -109,16 +109,10 @@ class Replica:
         self._owed = True  # what was freed in the versions that it skipped
         for event in batch.events:
             self._apply(event)
-        self._find_pool()
+        if self.pool_name is not None and self.pool < 0:
+            raise Unknown("pool", self.pool_name)
         # A snapshot may have skipped steps that this worker never ran: what is in these sequences' pages is not known.
         self._broken = dict.fromkeys(self._own(self.tables.open_ids()))
-
-    def _find_pool(self) -> None:
-        names = [pool.name for pool in self.pools]
-        if self.pool_name is not None:
-            if self.pool_name not in names:
-                raise Unknown("pool", self.pool_name)
-            self.pool = names.index(self.pool_name)
 
     def feed(self, data: bytes) -> None:
         """Take one event batch. Older ones are dropped; raises ReplicaGap if one is missing or the manager restarted."""
@@ -249,6 +243,8 @@ class Replica:
 
     def _on_pool(self, event: ev.PoolAdded) -> None:
         self.pools.append(event)
+        if event.name == self.pool_name:
+            self.pool = event.pool
 
     def _on_join(self, event: ev.WorkerJoined) -> None:
         self.peers[event.worker] = Peer(event.worker, event.name, event.pool, event.layout, event.memory)
@@ -274,7 +270,7 @@ class Replica:
 
     def _on_publish(self, event: ev.PagesPublished) -> None:
         # The swapped copies, if any, are free once acknowledged.
-        self._owed |= int(self.tables.pools[self.tables.row(event.sequence)]) == self.pool
+        self._owed |= self.tables.pool_of(event.sequence) == self.pool
         self.tables.swap(event.sequence, event.first, event.pages)
 
     def _forget(self, sequence: int) -> None:
@@ -282,7 +278,7 @@ class Replica:
             table.pop(sequence, None)
 
     def _on_close(self, event: ev.SequenceClosed) -> None:
-        self._owed |= int(self.tables.pools[self.tables.row(event.sequence)]) == self.pool
+        self._owed |= self.tables.pool_of(event.sequence) == self.pool
         self.tables.close(event.sequence)
         self._forget(event.sequence)
 
@@ -293,7 +289,7 @@ class Replica:
         self._owed = True  # the source's pages go to quarantine
 
     def _on_begun(self, event: ev.HandoffBegun) -> None:
-        source = int(self.tables.pools[self.tables.row(event.sequence)])
+        source = self.tables.pool_of(event.sequence)
         empty = np.zeros(0, np.int32)
         self._handoffs[event.handoff] = _Moving(event.sequence, source, event.target, empty, empty)
         if source == self.pool:
@@ -344,8 +340,6 @@ class Replica:
     def _on_handoff_restored(self, event: ev.HandoffRestored) -> None:
         if event.state == HandoffState.ABORTED:
             return
-        if self.pool < 0:
-            self._find_pool()
         pages = event.target_pages
         move = _Moving(event.sequence, event.source, event.target, pages[: event.target_shared], pages[event.target_shared :])
         self._handoffs[event.handoff] = move

@@ -65,12 +65,10 @@ class Tables:
 
     def rows(self, sequence_ids: np.ndarray) -> np.ndarray:
         """Rows of int64 ids; raises Unknown for the first that is not open."""
-        rows = sequence_ids & _SLOT_MASK
-        inside = rows < len(self.ids)
-        known = inside & (self.ids[np.where(inside, rows, 0)] == sequence_ids) & (sequence_ids > 0)
+        known = self.known(sequence_ids)
         if not known.all():
             raise Unknown("sequence", int(sequence_ids[int(np.argmin(known))]))
-        return rows
+        return sequence_ids & _SLOT_MASK
 
     def known(self, sequence_ids: np.ndarray) -> np.ndarray:
         """bool [n]: which ids are open."""
@@ -86,6 +84,10 @@ class Tables:
 
     def length(self, sequence_id: int) -> int:
         return int(self.lengths[self.row(sequence_id)])
+
+    def pool_of(self, sequence_id: int) -> int:
+        """Index of the pool that the sequence is in."""
+        return int(self.pools[self.row(sequence_id)])
 
     def pages_of(self, sequence_id: int) -> np.ndarray:
         """The block table: int32 page ids in token order (a copy)."""

@@ -1,7 +1,7 @@
 """Server: a KVManager behind sockets. All IO of the manager process lives here and in `wire`.
 
-A bad message costs its sender an error reply. The order is the manager's: journal, apply, publish, then reply, so whoever got a reply
-can wait for that version and be sure that it comes.
+A bad message costs its sender an error reply. The order is the manager's: apply, publish, then reply, so whoever got a reply can
+wait for that version and be sure that it comes.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ class Server:
         wire.check_address(publish)
         self.manager = manager
         self._context = zmq.Context()
-        self._router = self._bind(zmq.ROUTER, address, max_queue)
+        self.address = ""
         try:
+            self._router = self._bind(zmq.ROUTER, address, max_queue)
+            self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
             self._publisher = self._bind(zmq.PUB, publish, max_queue)
         except InvalidValue:
-            _unlink(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
-            self._router.close(0)
-            self._context.term()
+            _unlink(self.address)
+            self._context.destroy(0)
             raise
-        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self.publish = self._publisher.getsockopt_string(zmq.LAST_ENDPOINT)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -91,12 +91,7 @@ class Server:
         try:
             _check_free(address)
             bound.bind(address)
-        except (zmq.ZMQError, InvalidValue) as error:
-            bound.close(0)
-            if kind == zmq.ROUTER:
-                self._context.term()
-            if isinstance(error, InvalidValue):
-                raise
+        except zmq.ZMQError as error:
             raise InvalidValue("address", "an address that can be bound", f"{address}: {error}") from None
         finally:
             os.umask(mask)

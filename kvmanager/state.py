@@ -14,6 +14,7 @@ from kvmanager.config import ManagerConfig
 from kvmanager.errors import Fenced, Unknown
 from kvmanager.handoff import Handoff
 from kvmanager.pool import Pool
+from kvmanager.prefix import TOKEN_BYTES
 from kvmanager.sequences import Sequence, Tables
 
 __all__ = ["Client", "Notice", "State", "Worker", "encode_namespace"]
@@ -123,7 +124,6 @@ class State:
         """Tokens that every live worker of the sequence's pool has acknowledged as written; 0 in a pool without workers."""
         return min((sequence.written.get(worker, 0) for worker in self.live_workers(sequence.pool)), default=0)
 
-    def publishable_pages(self, sequence: Sequence) -> int:
-        """Leading pages that may be in the prefix index: full, acknowledged as written, token ids known."""
-        known = min(self.written(sequence), len(sequence.tokens) // 4)
-        return known // self.pools[sequence.pool].page_size
+    def publishable_pages(self, sequence: Sequence, written: int) -> int:
+        """Leading pages that may be in the prefix index: full, acknowledged as `written`, token ids known."""
+        return min(written, len(sequence.tokens) // TOKEN_BYTES) // self.pools[sequence.pool].page_size

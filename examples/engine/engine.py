@@ -12,7 +12,7 @@ from kvmanager.errors import InvalidValue
 from kvmanager.examples.engine.channel import SchedulerChannel
 from kvmanager.examples.engine.launch import Fleet
 from kvmanager.examples.engine.request import Request
-from kvmanager.examples.engine.scheduler import Scheduler
+from kvmanager.examples.engine.scheduler import Scheduler, WorkerNotReady
 
 __all__ = ["Engine", "EngineConfig"]
 
@@ -90,9 +90,8 @@ class Engine:
             )
             try:
                 self.scheduler.wait_ready(120)
-            except RuntimeError as error:
-                name = str(error).split()[1].rstrip(":,")
-                raise RuntimeError(f"{error}\n{self.fleet.log(name)}") from None
+            except WorkerNotReady as error:
+                raise RuntimeError(f"{error}\n{self.fleet.log(error.pool)}") from None
         except BaseException:
             self.close()
             raise

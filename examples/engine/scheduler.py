@@ -18,9 +18,17 @@ from kvmanager.errors import OutOfPages, PoolNotReady, SequenceTooLarge, Unknown
 from kvmanager.examples.engine.channel import SchedulerChannel
 from kvmanager.examples.engine.request import Request, Stage
 
-__all__ = ["PoolState", "Scheduler", "Supervisor"]
+__all__ = ["PoolState", "Scheduler", "Supervisor", "WorkerNotReady"]
 
 PULL_ATTEMPTS = 3  # after so many failed handoffs a request is refused with the reason
+
+
+class WorkerNotReady(RuntimeError):
+    """A worker did not come up. `pool` says whose log to read."""
+
+    def __init__(self, pool: str, what: str) -> None:
+        super().__init__(f"worker {pool}: {what}")
+        self.pool = pool
 
 
 class Supervisor(Protocol):
@@ -103,14 +111,14 @@ class Scheduler:
         return all(request.over for request in self.requests) and not self._to_close
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Until every worker has reported. Raises RuntimeError naming those that did not."""
+        """Until every worker has reported. Raises WorkerNotReady naming the first that did not."""
         deadline = time.monotonic() + timeout_s
         while missing := [pool.name for pool in self.pools.values() if pool.alive and not pool.worker]:
             self._receive(50)
             if dead := self.supervisor.dead():
-                raise RuntimeError(f"worker {dead[0]} ended before it was ready")
+                raise WorkerNotReady(dead[0], "ended before it was ready")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"workers {', '.join(missing)}: expected them to be ready within {timeout_s:.0f} s")
+                raise WorkerNotReady(missing[0], f"expected to be ready within {timeout_s:.0f} s, and is not")
 
     def turn(self, timeout_ms: int = 50) -> None:
         """One round: take in reports, notice deaths, send one step."""
@@ -346,7 +354,7 @@ class Scheduler:
             request.stage, request.pool, request.handoff, request.target = Stage.DECODING, notice.reason, 0, ""
         elif notice.kind == "aborted":
             request.handoff, request.target = 0, ""
-            if "too large" in notice.reason or "expected at most" in notice.reason:
+            if "expected at most" in notice.reason:  # larger than the whole target: no use in trying again
                 self._end(request, notice.reason)
             else:
                 request.stage = Stage.PREFILLED
