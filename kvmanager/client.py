@@ -66,18 +66,6 @@ class KVClient(Surface):
         """Where the manager publishes, and its epoch; makes it publish a heartbeat at once."""
         return self._ask({"t": "hello"})
 
-    def stats(self) -> dict[str, Any]:
-        """Pages of each pool by state, workers, handoffs."""
-        return self._ask({"t": "stats"})
-
-    def snapshot(self) -> bytes:
-        """The manager's state as the bytes of one event batch."""
-        return self._ask({"t": "snapshot"})["snapshot"]
-
-    def tables_snapshot(self) -> bytes:
-        """The part of the manager's state that a replica starts from: tables, workers, handoffs."""
-        return self._ask({"t": "tables"})["tables"]
-
     def _execute(self, command: Command) -> dict[str, Any]:
         return self._ask(command_to_wire(command))
 

@@ -21,10 +21,10 @@ from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
 from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch
 from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
-from kvmanager.snapshot import snapshot, tables_snapshot
+from kvmanager.queries import answer
 from kvmanager.state import Notice, State
 
-__all__ = ["KVManager", "Opened", "Refused", "StepReply", "Surface", "new_state", "pool_stats"]
+__all__ = ["KVManager", "Opened", "Refused", "StepReply", "Surface", "new_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,10 @@ class Surface:
 
     def _execute(self, command: Command) -> dict[str, Any]:
         """The decoded reply, or the KVError that the manager answered."""
+        raise NotImplementedError
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a query (see kvmanager.queries), or the KVError that the manager answered. Nothing changes, nothing is logged."""
         raise NotImplementedError
 
     def _run(self, command: Command) -> dict[str, Any]:
@@ -160,6 +164,20 @@ class Surface:
         """The worker's process is known dead, or it drained; gives the sequences that are lost with it. Raises Unknown."""
         return self._run(WorkerGone(worker))["lost"]
 
+    # --- for whoever asks ----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Pages of each pool by state, workers, handoffs; see `queries.pool_stats`."""
+        return self._ask({"t": "stats"})
+
+    def snapshot(self) -> bytes:
+        """The manager's state as the bytes of one event batch."""
+        return self._ask({"t": "snapshot"})["snapshot"]
+
+    def tables_snapshot(self) -> bytes:
+        """The part of the manager's state that a replica starts from: tables, workers, handoffs."""
+        return self._ask({"t": "tables"})["tables"]
+
 
 def new_state(config: ManagerConfig, epoch: int) -> tuple[State, EventBatch]:
     """An empty state with the pools of `config`, and the batch that made it."""
@@ -169,29 +187,6 @@ def new_state(config: ManagerConfig, epoch: int) -> tuple[State, EventBatch]:
         for index, pool in enumerate(config.pools)
     ]
     return state, EventBatch(epoch, 1, 0, list(pools))
-
-
-def pool_stats(state: State) -> dict[str, Any]:
-    """Counts for people and programs: pages of each pool by state, sequences, workers, handoffs."""
-    pools = {}
-    for pool in state.pools:
-        counts = pool.counts()
-        pools[pool.name] = {
-            "group": pool.group,
-            "page_size": pool.page_size,
-            "pages": {
-                "free": counts.free,
-                "used": counts.used,
-                "cached": counts.cached,
-                "quarantined": counts.quarantined,
-                "total": counts.total,
-            },
-            "sequences": sum(sequence.pool == pool.index for sequence in state.sequences.values()),
-            "workers": {str(each): state.workers[each].name for each in state.live_workers(pool.index)},
-            "fenced": {str(each): state.workers[each].name for each in state.pool_workers[pool.index] if state.workers[each].fenced},
-        }
-    handoffs = {str(handoff.handoff_id): handoff.state.name.lower() for handoff in state.handoffs.values()}
-    return {"epoch": state.epoch, "version": state.version, "pools": pools, "handoffs": handoffs}
 
 
 class KVManager(Surface):
@@ -247,24 +242,24 @@ class KVManager(Surface):
             self._number += 1
             self.execute(Tick(), self.CLIENT, self._number)
 
-    def stats(self) -> dict[str, Any]:
-        """Pages of each pool by state, workers, handoffs; see `pool_stats`."""
-        return pool_stats(self.state)
-
-    def snapshot(self) -> bytes:
-        """The state as the bytes of one event batch."""
-        return encode_batch(snapshot(self.state))
-
-    def tables_snapshot(self) -> bytes:
-        """The part of the state that a replica starts from: tables, workers, handoffs."""
-        return encode_batch(tables_snapshot(self.state))
-
     def disconnect(self) -> None:
         """Nothing to do here; a client closes its connection."""
 
     def _execute(self, command: Command) -> dict[str, Any]:
         self._number += 1
         return msgpack.unpackb(self.execute(command, self.CLIENT, self._number), strict_map_key=False)
+
+    def query(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Answer a client's query; see `queries.answer`. Raises KVError."""
+        try:
+            return answer(self.state, message, self.clock())
+        except (KVError, InvariantBroken):
+            raise
+        except Exception as error:  # a fault of ours costs whoever asked an error, and nobody else anything
+            raise Internal(f"query {message.get('t')}: {type(error).__name__}: {error}"[:500]) from error
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        return self.query(message)
 
     def _commit(self, batch: EventBatch) -> None:
         data = encode_batch(batch)

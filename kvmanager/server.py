@@ -22,6 +22,7 @@ from kvmanager.commands import command_from_wire
 from kvmanager.errors import BadMessage, InvalidValue, KVError
 from kvmanager.events import EventBatch
 from kvmanager.manager import KVManager
+from kvmanager.queries import is_query
 
 __all__ = ["Server"]
 
@@ -162,12 +163,8 @@ class Server:
             self._heartbeat()  # proves to a new subscriber that its subscription is live
             hello = {"publish": self.publish, "epoch": self.manager.state.epoch, "message_bytes_max": self.manager.config.message_bytes_max}
             return msgpack.packb(hello)
-        if kind == "stats":
-            return msgpack.packb(self.manager.stats())
-        if kind == "snapshot":
-            return msgpack.packb({"snapshot": self.manager.snapshot()})
-        if kind == "tables":
-            return msgpack.packb({"tables": self.manager.tables_snapshot()})
+        if is_query(message):
+            return msgpack.packb(self.manager.query(message))
         return self.manager.execute(command_from_wire(message), client, number)
 
     # --- publications --------------------------------------------------------------------------------------------------------

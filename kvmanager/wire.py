@@ -1,6 +1,6 @@
 """Bytes on the wire: requests and replies (ROUTER/DEALER), event batches and heartbeats (PUB).
 
-    request    msgpack map {"c": client, "n": number, "t": kind, ...}      command, or "hello" | "snapshot" | "tables" | "stats"
+    request    msgpack map {"c": client, "n": number, "t": kind, ...}      a command, "hello" or a query (kvmanager.queries)
     reply      msgpack map {"n": number, "ok": bytes} or {"n": number, "err": [code, text, details]}
     batch      frames "kv" | version u64 big-endian | msgpack of kvmanager.events
     heartbeat  frames "hb" | version u64 big-endian | msgpack [epoch, version, digest of the tables]

@@ -1,0 +1,71 @@
+"""Queries: what can be asked of a state without changing it. They are no commands: not logged, not numbered, answered from what is there.
+
+On the wire a query is a map `{"t": kind, field: value}` like a command, and its answer the map that `answer` gives: plain ints, texts,
+bytes, lists and maps, so that the embedded manager and the client get the same. Unknown fields are ignored; the fields of a kind are
+typed and bounded before anything is allocated for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from kvmanager.errors import BadMessage
+from kvmanager.events import encode_batch
+from kvmanager.snapshot import snapshot, tables_snapshot
+from kvmanager.state import State
+
+__all__ = ["QUERIES", "answer", "is_query", "pool_stats"]
+
+Message: TypeAlias = Mapping[str, Any]
+
+
+def pool_stats(state: State) -> dict[str, Any]:
+    """Counts for people and programs: pages of each pool by state, sequences, workers, handoffs."""
+    pools = {}
+    for pool in state.pools:
+        counts = pool.counts()
+        pools[pool.name] = {
+            "group": pool.group,
+            "page_size": pool.page_size,
+            "pages": {
+                "free": counts.free,
+                "used": counts.used,
+                "cached": counts.cached,
+                "quarantined": counts.quarantined,
+                "total": counts.total,
+            },
+            "sequences": sum(sequence.pool == pool.index for sequence in state.sequences.values()),
+            "workers": {str(each): state.workers[each].name for each in state.live_workers(pool.index)},
+            "fenced": {str(each): state.workers[each].name for each in state.pool_workers[pool.index] if state.workers[each].fenced},
+        }
+    handoffs = {str(handoff.handoff_id): handoff.state.name.lower() for handoff in state.handoffs.values()}
+    return {"epoch": state.epoch, "version": state.version, "pools": pools, "handoffs": handoffs}
+
+
+def _stats(state: State, message: Message, now_ms: int) -> dict[str, Any]:
+    return pool_stats(state)
+
+
+def _snapshot(state: State, message: Message, now_ms: int) -> dict[str, Any]:
+    return {"snapshot": encode_batch(snapshot(state))}
+
+
+def _tables(state: State, message: Message, now_ms: int) -> dict[str, Any]:
+    return {"tables": encode_batch(tables_snapshot(state))}
+
+
+# kind -> the function that reads its fields, checks them (InvalidValue naming the field) and answers
+QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {"stats": _stats, "snapshot": _snapshot, "tables": _tables}
+
+
+def is_query(message: Message) -> bool:
+    kind = message.get("t")
+    return isinstance(kind, str) and kind in QUERIES
+
+
+def answer(state: State, message: Message, now_ms: int) -> dict[str, Any]:
+    """The answer to one query. Raises BadMessage, InvalidValue, or what else the query says; nothing changes either way."""
+    if not is_query(message):
+        raise BadMessage(f"query: expected t to be one of {', '.join(QUERIES)}, got {message.get('t')!r}"[:200])
+    return QUERIES[message["t"]](state, message, now_ms)
