@@ -8,7 +8,7 @@ from typing import Literal
 
 from kvmanager.errors import InvalidValue
 
-__all__ = ["LatentLayout"]
+__all__ = ["LatentLayout", "check_page_size"]
 
 DIM_MULTIPLE = 16  # what a tensor core consumes, and 32 bytes of bf16: rows stay aligned to 16-byte vectors
 KV_LORA_RANK_MAX = 1024
@@ -28,6 +28,11 @@ def _check_int(field: str, value: object, low: int, high: int, multiple: int = 1
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InvalidValue(field, "one of " + ", ".join(choices), value)
+
+
+def check_page_size(value: object) -> None:
+    """Raises InvalidValue unless kernels take pages of so many token slots; the manager's own limit is wider."""
+    _check_int("page_size", value, DIM_MULTIPLE, PAGE_SIZE_MAX, DIM_MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ class LatentLayout:
         _check_int("kv_lora_rank", self.kv_lora_rank, DIM_MULTIPLE, KV_LORA_RANK_MAX, DIM_MULTIPLE)
         _check_int("qk_rope_head_dim", self.qk_rope_head_dim, DIM_MULTIPLE, QK_ROPE_HEAD_DIM_MAX, DIM_MULTIPLE)
         _check_int("num_layers", self.num_layers, 1, NUM_LAYERS_MAX)
-        _check_int("page_size", self.page_size, DIM_MULTIPLE, PAGE_SIZE_MAX, DIM_MULTIPLE)
+        check_page_size(self.page_size)
         _check_choice("dtype", self.dtype, tuple(ITEM_BYTES))
         _check_choice("rope_order", self.rope_order, ROPE_ORDERS)
 

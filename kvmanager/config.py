@@ -10,7 +10,7 @@ from kvmanager.errors import InvalidValue
 
 __all__ = ["ManagerConfig", "PoolConfig", "check_int", "check_name", "config_from_mapping"]
 
-PAGE_SIZES = tuple(range(16, 129, 16))
+PAGE_SIZE_MAX = 1024  # what a pool counts in; what kernels can compute with is the latent layout's to check
 MAX_SLOTS = 1 << 20  # sequence ids carry their table slot in 20 bits
 
 
@@ -34,7 +34,7 @@ class PoolConfig:
 
     name        how commands name the pool
     num_pages   pages in the pool, 1..2**31-1
-    page_size   token slots a page: a multiple of 16 in 16..128
+    page_size   token slots a page, 1..1024; a worker's kernels may take fewer sizes (LatentLayout says which)
     group       pools that may serve the same request share a group
     workers     tensor-parallel workers that hold copies; the pool is ready once that many are alive
     layout      fingerprint of the latent layout; "" takes that of the first worker to join
@@ -51,8 +51,7 @@ class PoolConfig:
         check_name("pool.name", self.name)
         check_name("pool.group", self.group)
         check_int("pool.num_pages", self.num_pages, 1, 2**31 - 1)
-        if not isinstance(self.page_size, int) or self.page_size not in PAGE_SIZES:  # 64.0 is in PAGE_SIZES, too
-            raise InvalidValue("pool.page_size", "a multiple of 16 in 16..128", repr(self.page_size))
+        check_int("pool.page_size", self.page_size, 1, PAGE_SIZE_MAX)
         check_int("pool.workers", self.workers, 1, 1024)
         check_name("pool.layout", self.layout, allow_empty=True)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvmanager import KVClient, PoolConfig
+from kvmanager.attention.layout import check_page_size
 from kvmanager.errors import InvalidValue
 from kvmanager.examples.engine.channel import SchedulerChannel
 from kvmanager.examples.engine.launch import Fleet
@@ -21,7 +22,7 @@ __all__ = ["Engine", "EngineConfig"]
 class EngineConfig:
     """One engine: n prefill workers and m decode workers, a pool of pages each.
 
-    page_size      token slots a page
+    page_size      token slots a page, one that the kernels take
     prefill_pages, decode_pages  pages of each worker's pool
     chunk_tokens   prompt tokens a prefill step computes at most
     lease_ms       a worker silent for this long is fenced by the manager
@@ -44,6 +45,7 @@ class EngineConfig:
         for name in ("prefill_workers", "decode_workers", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidValue(name, "at least 1", getattr(self, name))
+        check_page_size(self.page_size)  # here, and not minutes later in a worker's log
 
     def pools(self) -> list[PoolConfig]:
         """prefill0, prefill1, ..., decode0, decode1, ..."""

@@ -209,10 +209,10 @@ BAD_FILES = {
     "pools-of-numbers": ("a.toml", "pools = [5]\n", ["config.pools[0]: expected a table, got 5"]),
     "page-size-20": (
         "a.toml",
-        POOL + "page_size = 20\n",
-        ["config.pools[0]: pool.page_size: expected a multiple of 16 in 16..128, got 20"],
+        POOL + "page_size = 2000\n",
+        ["config.pools[0]: pool.page_size: expected an int in 1..1024, got 2000"],
     ),
-    "page-size-float": ("a.toml", POOL + "page_size = 64.0\n", ["pool.page_size: expected a multiple of 16", "got 64.0"]),
+    "page-size-float": ("a.toml", POOL + "page_size = 64.0\n", ["pool.page_size: expected an int in 1..1024", "got 64.0"]),
     "unknown-key": ("a.toml", "page_sise = 16\n" + POOL, ["config.page_sise: expected one of", "lease_ms", "got an unknown key"]),
     "unknown-key-of-a-pool": ("a.toml", POOL + "page_sise = 16\n", ["config.pools[0].page_sise: expected one of", "page_size"]),
     "missing-key": ("a.toml", '[[pools]]\nname = "main"\n', ["config.pools[0]: expected all required keys (name, num_pages)"]),
@@ -248,7 +248,7 @@ def test_bad_config_is_one_line_with_file_field_and_limit(
         pytest.param(["--pool", "name=a,num_pages=--5"], "pool.num_pages: expected an int", id="two-minuses"),
         pytest.param(["--pool", f"name=a,num_pages={'9' * 5000}"], "pool.num_pages: expected an int", id="5000-digits"),
         pytest.param(
-            ["--pool", "name=a,num_pages=64,page_size=20"], "pool.page_size: expected a multiple of 16 in 16..128, got 20", id="page-size"
+            ["--pool", "name=a,num_pages=64,page_size=2000"], "pool.page_size: expected an int in 1..1024, got 2000", id="page-size"
         ),
         pytest.param(["--pool", "name=a,pages=64"], "config.pools[0].pages: expected one of", id="unknown-key"),
         pytest.param(["--pool", "name=a,num_pages=5", "--lease-ms", "1"], "lease_ms: expected an int in 10..86400000, got 1", id="lease"),
@@ -279,9 +279,9 @@ def test_config_that_is_no_file_is_one_line(path: str, run: Run, tmp_path: Path)
 
 def test_bad_config_of_a_process_leaves_no_traceback(run: Run, tmp_path: Path) -> None:
     """The same as in_process() sees it, through `python -m kvmanager.cli`."""
-    (tmp_path / "a.toml").write_text(POOL + "page_size = 20\n")
+    (tmp_path / "a.toml").write_text(POOL + "page_size = 2000\n")
     line = refused(run("serve", "--config", str(tmp_path / "a.toml")))
-    assert line == f"kvmanager: {tmp_path}/a.toml: config.pools[0]: pool.page_size: expected a multiple of 16 in 16..128, got 20"
+    assert line == f"kvmanager: {tmp_path}/a.toml: config.pools[0]: pool.page_size: expected an int in 1..1024, got 2000"
 
 
 def test_default_folder_that_others_can_write_to_is_refused(run: Run, tmp_path: Path) -> None:

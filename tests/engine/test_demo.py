@@ -55,7 +55,7 @@ def test_a_difference_ends_with_exit_code_1(checkpoint: Callable[..., Path], mon
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--page-size", "20"], "pool.page_size: expected a multiple of 16 in 16..128, got 20"),
+        (["--page-size", "20"], "page_size: expected a multiple of 16 from 16 to 128, got 20"),
         (["--model", "/nowhere"], "config.json"),
         (["--decode-pages", "2"], "prompt: expected 1..32 tokens"),
     ],
