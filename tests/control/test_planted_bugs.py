@@ -14,12 +14,12 @@ import pytest
 from kvmanager import apply as apply_module
 from kvmanager import decide as decide_module
 from kvmanager import events as ev
+from kvmanager import simulator as simulation
 from kvmanager.draft import Draft, PoolDraft
 from kvmanager.handoff import HandoffState
 from kvmanager.pool import Pool
 from kvmanager.prefix import Node, PrefixIndex
 from kvmanager.state import NEVER, State
-from tests.control import simulation
 
 SEEDS, STEPS = 12, 400
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -268,7 +268,7 @@ def test_driver_finds_the_planted_bug(name: str, monkeypatch: pytest.MonkeyPatch
 def test_wrong_answers_are_read_when_nobody_keeps_books(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all books shut, the page memories alone still show that somebody read tokens that are not its own."""
     PLANTS[name](monkeypatch)
-    monkeypatch.setattr(simulation, "demand", lambda condition, text: None)
+    monkeypatch.setattr("kvmanager.simulator.books.SHUT", True)
     monkeypatch.setattr("kvmanager.manager.check_invariants", lambda state: None)
     for seed in range(SEEDS * 4):
         try:

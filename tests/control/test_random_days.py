@@ -1,4 +1,4 @@
-"""Thousands of random steps against a model that shares no code with the state machine; see simulation.py for what is checked."""
+"""Thousands of random steps against a model that shares no code with the state machine; see kvmanager.simulator for what is checked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from kvmanager.apply import apply
 from kvmanager.events import decode_batch
 from kvmanager.manager import new_state
+from kvmanager.simulator import Driver, live_through
 from kvmanager.snapshot import state_digest
-from tests.control.simulation import Driver, live_through
 
 SEEDS = range(100, 130)
 STEPS = 500

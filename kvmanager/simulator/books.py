@@ -1,0 +1,129 @@
+"""What the model writes down: stamps, texts, works in flight, pulls, moves. Plain records; the rules are in `model` and `operations`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvmanager.commands import Command, Open
+
+__all__ = ["PAGE", "Broken", "Move", "Pull", "Stamps", "Text", "Turn", "Work", "Worker", "demand"]
+
+PAGE = 16
+
+
+class Broken(AssertionError):
+    """The model and the manager disagree."""
+
+
+SHUT = False  # with all books shut, what workers read must still give a bug away: the tests of the simulator try that
+
+
+def demand(condition: object, text: str) -> None:
+    if not condition and not SHUT:
+        raise Broken(text)
+
+
+class Stamps:
+    """A number for each (tenant, extra, tokens up to here): equal if and only if all of it is."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[Any, ...], int] = {}
+
+    def root(self, tenant: bytes, extra: bytes) -> int:
+        return self._numbers.setdefault((tenant, extra), len(self._numbers) + 1)
+
+    def after(self, stamp: int, token: int) -> int:
+        return self._numbers.setdefault((stamp, token), len(self._numbers) + 1)
+
+
+@dataclass
+class Text:
+    """One sequence as its author knows it. `stamps[i]` is what slot i of its pages must hold."""
+
+    sequence: int
+    owner: int
+    pool: int
+    tokens: list[int]
+    stamps: list[int]
+    known: int  # leading tokens whose ids the manager has been told
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+    handoff: int = 0
+
+
+@dataclass
+class Work:
+    """One step's share of one sequence: read [0, start), write [start, length), on the tables of `version`."""
+
+    version: int
+    sequence: int
+    start: int
+    length: int
+    pages: list[int]
+    stamps: list[int]
+
+
+@dataclass
+class Pull:
+    handoff: int
+    source_pool: int
+    source: np.ndarray
+    todo: list[tuple[int, int, list[int]]]  # source page, target page, stamps
+    aborted_at: int = 0
+    reported: bool = False
+
+
+@dataclass
+class Worker:
+    worker: int
+    name: str
+    pool: int
+    memory: np.ndarray
+    acked: int
+    fenced: bool = False
+    works: list[Work] = field(default_factory=list)
+    pulls: dict[int, Pull] = field(default_factory=dict)
+    done: dict[int, int] = field(default_factory=dict)  # sequence -> tokens written
+
+    def may_ack(self, newest: int) -> int:
+        """The newest version that this worker can truthfully acknowledge."""
+        bound = newest
+        for work in self.works:
+            bound = min(bound, work.version - 1)
+        for pull in self.pulls.values():
+            if pull.aborted_at and pull.todo:  # it has not stopped yet, so it has not seen the abort
+                bound = min(bound, pull.aborted_at - 1)
+        return bound
+
+
+@dataclass
+class Move:
+    """A handoff as the event stream tells it."""
+
+    handoff: int
+    sequence: int
+    source: int
+    target: int
+    state: str = "prefilling"
+    source_pages: list[int] = field(default_factory=list)
+    target_pages: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Turn:
+    """One command and its batch, while the model follows it.
+
+    opened   sequence id -> what was asked for
+    visible  for each pool the index as the decision saw it: pages published by this batch come after it
+    starts   sequence id -> first slot that the workers are to write in this step; a handler that gives them something to write sets it
+    """
+
+    command: Command
+    client: int
+    reply: dict[str, Any]
+    opened: dict[int, Open] = field(default_factory=dict)
+    visible: list[dict[int, tuple[int, int]]] = field(default_factory=list)
+    starts: dict[int, int] = field(default_factory=dict)

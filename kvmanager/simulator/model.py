@@ -1,0 +1,181 @@
+"""Model: books kept from the event stream alone, and the memories of all workers. It shares no code with the state machine.
+
+What each event does to the books is in `operations`, beside how its command is drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+
+from kvmanager import events as ev
+from kvmanager.config import ManagerConfig
+from kvmanager.simulator.books import PAGE, Broken, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
+from kvmanager.simulator.registry import FOLLOWERS
+from kvmanager.state import State
+
+__all__ = ["Model"]
+
+
+class Model:
+    def __init__(self, config: ManagerConfig) -> None:
+        self.config = config
+        self.stamps = Stamps()
+        self.texts: dict[int, Text] = {}
+        self.moves: dict[int, Move] = {}
+        self.workers: dict[int, Worker] = {}
+        self.memories: dict[tuple[int, str], np.ndarray] = {}
+        # stamp of a page's last slot -> (page id, stamp of the page before it)
+        self.index: list[dict[int, tuple[int, int]]] = [{} for _ in config.pools]
+        self.dropped: list[dict[int, int]] = [{} for _ in config.pools]  # page -> version in which its last owner let go
+        self.last_grow: list[tuple[int, int]] = []
+        self.notices: dict[int, list[tuple[str, int, int]]] = {}
+        self.seen: Counter[str] = Counter()
+        self.version = 1
+
+    # --- questions ---
+
+    def owners(self, pool: int) -> Counter[int]:
+        """How many owners each page has: whatever a new operation makes an owner of pages belongs here."""
+        count: Counter[int] = Counter()
+        for text in self.texts.values():
+            if text.pool == pool:
+                count.update(text.pages)
+        for move in self.moves.values():
+            if move.source == pool:
+                count.update(move.source_pages)
+            if move.target == pool:
+                count.update(move.target_pages)
+        return count
+
+    def crew(self, pool: int, fenced: bool = False) -> list[Worker]:
+        return [worker for worker in self.workers.values() if worker.pool == pool and (fenced or not worker.fenced)]
+
+    def indexed_run(self, index: dict[int, tuple[int, int]], stamps: list[int], pages_max: int) -> list[int]:
+        run: list[int] = []
+        while len(run) < pages_max and (len(run) + 1) * PAGE <= len(stamps):
+            found = index.get(stamps[(len(run) + 1) * PAGE - 1])
+            if found is None:
+                break
+            run.append(found[0])
+        return run
+
+    # --- checks ---
+
+    def check_content(self, pool: int, pages: list[int], stamps: list[int], what: str) -> None:
+        """Every live worker of the pool holds exactly these stamps in these pages."""
+        for worker in self.crew(pool):
+            for place, page in enumerate(pages):
+                expected = stamps[place * PAGE : (place + 1) * PAGE]
+                got = worker.memory[page, : len(expected)].tolist()
+                demand(got == expected, f"{what}: pool {pool}, page {page} of {worker.name} holds {got[:4]}, not {expected[:4]}")
+
+    def take(self, pool: int, pages: list[int], what: str) -> None:
+        """Pages are handed out: nobody may own them, find them, or still be reading or writing them."""
+        if not pages:
+            return
+        owners = self.owners(pool)
+        indexed = {page for page, _ in self.index[pool].values()}
+        demand(len(set(pages)) == len(pages), f"{what}: pages {pages} handed out twice at once")
+        for page in pages:
+            demand(not owners[page], f"{what}: page {page} of pool {pool} has {owners[page]} owners")
+            demand(page not in indexed, f"{what}: page {page} of pool {pool} is in the index")
+            self.check_drained(pool, page, what)
+
+    def check_drained(self, pool: int, page: int, what: str) -> None:
+        freed = self.dropped[pool].get(page, 0)
+        for worker in self.crew(pool, fenced=True):
+            demand(worker.acked >= freed, f"{what}: page {page} freed in {freed}, {worker.name} acknowledged {worker.acked}")
+            for work in worker.works:
+                demand(page not in work.pages, f"{what}: {worker.name} still has step {work.version} in flight on page {page}")
+            for pull in worker.pulls.values():
+                demand(page not in [item[1] for item in pull.todo], f"{what}: {worker.name} still pulls into page {page}")
+        for worker in self.workers.values():
+            for pull in worker.pulls.values():
+                if pull.source_pool == pool:
+                    demand(page not in [item[0] for item in pull.todo], f"{what}: {worker.name} still pulls from page {page}")
+
+    def let_go(self, pool: int, pages: list[int]) -> None:
+        """An owner has let go of `pages`, and the books no longer list it: note the version for those without any other."""
+        owners = self.owners(pool)
+        for page in pages:
+            if not owners[page]:
+                self.dropped[pool][page] = self.version
+
+    def tell(self, owner: int, kind: str, sequence: int, handoff: int) -> None:
+        self.notices.setdefault(owner, []).append((kind, sequence, handoff))
+
+    def write_on(self, text: Text, length: int) -> None:
+        """The author goes on: tokens that the manager learns of later, or never. Few letters, so that authors write the same."""
+        while len(text.tokens) < length:
+            text.tokens.append(text.stamps[-1] * 7 // 3 % 2 + 1)
+            text.stamps.append(self.stamps.after(text.stamps[-1], text.tokens[-1]))
+
+    # --- the event stream ---
+
+    def read(self, batch: ev.EventBatch, turn: Turn) -> None:
+        """Follow one batch."""
+        self.version = batch.version
+        turn.visible = [dict(index) for index in self.index]
+        for event in batch.events:
+            self.seen[type(event).__name__] += 1
+            follower = FOLLOWERS.get(type(event))
+            if follower is not None:
+                follower(self, event, turn)
+        for sequence, start in turn.starts.items():
+            text = self.texts[sequence]
+            for worker in self.crew(text.pool):
+                worker.works.append(Work(self.version, sequence, start, text.length, list(text.pages), text.stamps))
+
+    # --- comparison with the manager ---
+
+    def compare(self, state: State) -> None:
+        demand(list(state.sequences) == list(self.texts), f"open sequences {list(state.sequences)}, the model has {list(self.texts)}")
+        for sequence, text in self.texts.items():
+            row = state.tables.row(sequence)
+            got = (int(state.tables.pools[row]), state.tables.length(sequence), state.tables.pages_of(sequence).tolist())
+            demand(got == (text.pool, text.length, text.pages), f"sequence {sequence}: {got}, the model has {text}")
+        for number, pool in enumerate(state.pools):
+            owners, indexed = self.owners(number), {page for page, _ in self.index[number].values()}
+            used = sum(count > 0 for count in owners.values())
+            cached = sum(not owners[page] for page in indexed)
+            counts = pool.counts()
+            acked = min((worker.acked for worker in self.crew(number, fenced=True)), default=self.version)
+            held = sum(freed > acked and not owners[page] and page not in indexed for page, freed in self.dropped[number].items())
+            demand(counts.quarantined >= held, f"pool {pool.name}: {counts}, the model has {held} freed after the last acknowledgement")
+            demand(
+                (counts.used, counts.cached) == (used, cached), f"pool {pool.name}: {counts}, the model has {used} used, {cached} cached"
+            )
+            demand(counts.free + counts.used + counts.cached + counts.quarantined == pool.num_pages, f"pool {pool.name}: {counts}")
+
+    # --- workers at work ---
+
+    def execute(self, worker: Worker, rng: random.Random) -> None:
+        """One step's share of one sequence: whichever may go, in no order but the sequence's own."""
+        first: dict[int, Work] = {}
+        for work in worker.works:
+            first.setdefault(work.sequence, work)
+        work = rng.choice(list(first.values()))
+        worker.works.remove(work)
+        pages = np.array(work.pages, np.int64)
+        slots = np.arange(work.length)
+        there = pages[slots // PAGE], slots % PAGE
+        stamps = np.array(work.stamps[: work.length])
+        read = worker.memory[there][: work.start]
+        if not np.array_equal(read, stamps[: work.start]):
+            slot = int(np.argmax(read != stamps[: work.start]))
+            raise Broken(
+                f"step {work.version} of sequence {work.sequence} on {worker.name} read {read[slot]} in slot {slot}, "
+                f"page {work.pages[slot // PAGE]}, not its own {stamps[slot]}"
+            )
+        worker.memory[there[0][work.start :], there[1][work.start :]] = stamps[work.start :]
+        worker.done[work.sequence] = work.length
+
+    def pull(self, worker: Worker, pull: Pull, rng: random.Random) -> None:
+        source, target, stamps = pull.todo.pop(rng.randrange(len(pull.todo)))
+        got = pull.source[source, : len(stamps)].tolist()
+        if got != stamps:
+            raise Broken(f"handoff {pull.handoff}: {worker.name} pulled page {source} and read {got[:4]}, not {stamps[:4]}")
+        worker.memory[target] = pull.source[source]

@@ -1,0 +1,6 @@
+"""One file for each operation: how a day draws it, what each of its events does to the model's books, and what must hold at it.
+
+Imported for what they register, in the order in which a step's fields are drawn.
+"""
+
+from kvmanager.simulator.operations import closing, growth, tokens, handoffs, opening, pages, workers  # isort: skip  # noqa: F401

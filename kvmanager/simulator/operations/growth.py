@@ -1,0 +1,52 @@
+"""Running sequences grow; a step that repeats the last one's growth is one short event."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmanager import events as ev
+from kvmanager.simulator.books import PAGE, Turn, demand
+from kvmanager.simulator.model import Model
+from kvmanager.simulator.registry import draws, follows
+
+
+@draws
+def grow(driver: Any) -> dict[str, Any]:
+    rng, texts = driver.rng, driver.model.texts
+    growing, counts = driver.last_grow
+    if rng.random() < 0.5 or not growing or not set(growing) <= set(texts):
+        # Seals come when growth stops.
+        growing = [each for each, text in texts.items() if rng.random() < (0.1 if text.handoff else 0.6)]
+        rng.shuffle(growing)
+        counts = [rng.choice((1, 1, 1, 1, 1, 1, 3, 20)) for _ in growing]
+        if rng.random() < 0.02:
+            growing, counts = [*growing, 12345 << 20], [*counts, 1]
+        driver.last_grow = growing, counts
+    return {"grow": growing, "grow_counts": counts}
+
+
+def _grow(model: Model, sequence: int, count: int, pages: list[int], turn: Turn) -> None:
+    text = model.texts[sequence]
+    move = model.moves.get(text.handoff)
+    demand(move is None or move.state == "prefilling", f"sequence {sequence} grew while it was handed off")
+    model.take(text.pool, pages, f"grow {sequence}")
+    turn.starts[sequence] = text.length
+    text.length += count
+    text.pages = text.pages + pages
+    demand(len(text.pages) == -(-text.length // PAGE), f"grow {sequence}: {len(text.pages)} pages for {text.length} tokens")
+    model.write_on(text, text.length)
+
+
+@follows(ev.SequencesGrown)
+def grown(model: Model, event: ev.SequencesGrown, turn: Turn) -> None:
+    model.last_grow, at = [], 0
+    for sequence, count, page_count in zip(event.ids.tolist(), event.counts.tolist(), event.page_counts.tolist(), strict=True):
+        _grow(model, sequence, count, event.pages[at : at + page_count].tolist(), turn)
+        model.last_grow.append((sequence, count))
+        at += page_count
+
+
+@follows(ev.GrownAgain)
+def grown_again(model: Model, event: ev.GrownAgain, turn: Turn) -> None:
+    for sequence, count in model.last_grow:
+        _grow(model, sequence, count, [], turn)
