@@ -15,7 +15,7 @@ from kvmanager import events as ev
 from kvmanager.errors import InvariantBroken
 from kvmanager.handoff import Handoff, HandoffState
 from kvmanager.pool import Pool
-from kvmanager.prefix import Node
+from kvmanager.prefix import TOKEN_BYTES, Node
 from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
 from kvmanager.state import Client, Notice, State, Worker
 
@@ -46,7 +46,9 @@ def apply(state: State, batch: ev.EventBatch, restoring: Restoring | None = None
 
 
 def _pool_added(state: State, event: ev.PoolAdded) -> None:
-    state.pools.append(Pool(event.pool, event.name, event.group, event.num_pages, event.page_size, event.workers, event.layout))
+    pool = Pool(event.pool, event.name, event.group, event.num_pages, event.page_size, event.workers, event.layout)
+    state.pools.append(pool)
+    state.groups.setdefault(event.group, []).append(pool)
     state.pool_workers.append([])
 
 
@@ -116,6 +118,7 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     # What the index holds has been written by every worker of the pool: that is how it came in.
     sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
     state.sequences[event.sequence] = sequence
+    pool.load += len(event.tokens)
 
 
 def _sequences_grown(state: State, event: ev.SequencesGrown) -> None:
@@ -135,6 +138,7 @@ def _grown_again(state: State, event: ev.GrownAgain) -> None:
 def _tokens_appended(state: State, event: ev.TokensAppended) -> None:
     sequence = state.sequences[event.sequence]
     sequence.tokens += event.tokens.astype("<i4").tobytes()
+    state.pools[sequence.pool].load += len(event.tokens)
     _note_publishable(state, sequence)
 
 
@@ -169,6 +173,7 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     pool = state.pools[sequence.pool]
     _let_go(state, pool, state.tables.pages_of(event.sequence).tolist(), sequence.published, sequence.node)
     pool.prefix.leave(sequence.namespace)
+    pool.load -= len(sequence.tokens) // TOKEN_BYTES
     pool.publishable.pop(event.sequence, None)
     state.tables.close(event.sequence)
     state.free_slots.append(slot_of(event.sequence))
@@ -267,6 +272,8 @@ def _handoff_resident(state: State, event: ev.HandoffResident) -> None:
     _let_go(state, source, state.tables.pages_of(handoff.sequence_id).tolist(), sequence.published, sequence.node)
     source.prefix.leave(sequence.namespace)  # the target's namespace was entered at `moving`
     source.publishable.pop(sequence.sequence_id, None)
+    source.load -= len(sequence.tokens) // TOKEN_BYTES
+    target.load += len(sequence.tokens) // TOKEN_BYTES
     state.tables.place(sequence.sequence_id, handoff.target, handoff.length, np.array(handoff.target_pages, np.int32))
     if handoff.target_node is None:
         raise InvariantBroken(f"handoff {event.handoff}: resident without ever having moved")
@@ -389,6 +396,7 @@ def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Rest
     )
     state.tables.open(event.sequence, event.pool, event.length, event.pages)
     pool.share(event.pages.tolist())
+    pool.load += len(event.tokens) // TOKEN_BYTES
 
 
 def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restoring) -> None:

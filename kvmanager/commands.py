@@ -88,26 +88,33 @@ class Open:
     """Open a sequence.
 
     tokens   prompt token ids, int32 [n], n >= 1
-    pool     name of the pool that will compute it
+    pool     name of the pool that will compute it; empty leaves the choice among the pools of `group` to the manager
     tenant   salt: sequences of different tenants never share pages (at most 256 bytes)
     extra    whatever else must be equal to share, such as a LoRA id or an image hash (at most 256 bytes)
     chunk    slots to reserve at once beyond the cached tokens, capped at the rest of the prompt; 0 reserves none
+    group    any ready pool of this group, by the longest match and the least load (see `placement`); instead of a pool
 
     At least the prompt's last token is never taken from the cache: somebody has to compute its logits.
     """
 
     tokens: Any
-    pool: str
+    pool: str = ""
     tenant: bytes = b""
     extra: bytes = b""
     chunk: int = 0
+    group: str = ""
 
     def __post_init__(self) -> None:
         tokens = as_tokens("open.tokens", self.tokens)
         if not len(tokens):
             raise InvalidValue("open.tokens", "at least one token", "none")
         object.__setattr__(self, "tokens", tokens)
-        check_name("open.pool", self.pool)
+        if self.pool != "" or self.group == "":  # exactly one is named
+            check_name("open.pool", self.pool)
+        if self.group != "":
+            check_name("open.group", self.group)
+            if self.pool:
+                raise InvalidValue("open.group", "a pool, or else a group", "both")
         object.__setattr__(self, "tenant", _check_bytes("open.tenant", self.tenant, TENANT_BYTES_MAX))
         object.__setattr__(self, "extra", _check_bytes("open.extra", self.extra, TENANT_BYTES_MAX))
         check_int("open.chunk", self.chunk, 0, 1 << 24)

@@ -11,6 +11,7 @@ from kvmanager.errors import InvalidValue
 __all__ = ["ManagerConfig", "PoolConfig", "check_int", "check_name", "config_from_mapping"]
 
 PAGE_SIZE_MAX = 1024  # what a pool counts in; what kernels can compute with is the latent layout's to check
+PLACEMENTS = ("prefix", "round_robin")
 MAX_SLOTS = 1 << 20  # sequence ids carry their table slot in 20 bits
 
 
@@ -67,6 +68,8 @@ class ManagerConfig:
     message_bytes_max    one message on the wire
     lease_ms             a worker that does not acknowledge for this long is fenced
     heartbeat_ms         an idle publisher says where it stands this often
+    placement            how an open that names a group gets its pool: "prefix" by match and load (see placement), or "round_robin"
+    placement_match_weight, placement_load_weight   of a cached token and of a token of load, in 0..1,000,000
     """
 
     pools: tuple[PoolConfig, ...]
@@ -79,6 +82,9 @@ class ManagerConfig:
     message_bytes_max: int = 64 << 20
     lease_ms: int = 10_000
     heartbeat_ms: int = 200
+    placement: str = "prefix"
+    placement_match_weight: int = 1
+    placement_load_weight: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.pools, tuple) or not 1 <= len(self.pools) <= 1024:
@@ -99,6 +105,10 @@ class ManagerConfig:
         check_int("message_bytes_max", self.message_bytes_max, 4096, 1 << 30)
         check_int("lease_ms", self.lease_ms, 10, 86_400_000)
         check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)
+        if self.placement not in PLACEMENTS:
+            raise InvalidValue("placement", f"one of {', '.join(PLACEMENTS)}", repr(self.placement)[:80])
+        check_int("placement_match_weight", self.placement_match_weight, 0, 1_000_000)
+        check_int("placement_load_weight", self.placement_load_weight, 0, 1_000_000)
 
 
 def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:

@@ -12,7 +12,8 @@ import msgpack
 import numpy as np
 
 from kvmanager import events as ev
-from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone
+from kvmanager.admission import admit, check_ready
+from kvmanager.commands import Ack, Command, Join, Step, Tick, WorkerGone
 from kvmanager.draft import Draft
 from kvmanager.errors import (
     BadMessage,
@@ -20,7 +21,6 @@ from kvmanager.errors import (
     KVError,
     LayoutMismatch,
     OutOfPages,
-    PoolNotReady,
     SequenceTooLarge,
     TooMany,
     Unknown,
@@ -29,9 +29,8 @@ from kvmanager.errors import (
 from kvmanager.handoff import HandoffState
 from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES
-from kvmanager.sequences import SLOT_BITS, slot_of
-from kvmanager.state import State, encode_namespace
-from kvmanager.tables import div_ceil
+from kvmanager.sequences import slot_of
+from kvmanager.state import State
 
 __all__ = ["Decision", "decide"]
 
@@ -179,7 +178,7 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
     if len(command.grow):
         _grow(draft, command, refused)
     if command.opens:
-        reply["opened"] = [attempt("open", index, _open, item, client) for index, item in enumerate(command.opens)]
+        reply["opened"] = [attempt("open", index, admit, item, client) for index, item in enumerate(command.opens)]
     if refused:
         reply["refused"] = refused
     return reply
@@ -192,6 +191,7 @@ def _close(draft: Draft, sequence_id: int) -> None:
     if sequence.handoff and sequence.handoff not in draft.aborted:
         _abort(draft, sequence.handoff, "the sequence was closed")
     draft.closed[sequence_id] = None
+    draft.load_change[sequence.pool] = draft.load_change.get(sequence.pool, 0) - len(sequence.tokens) // TOKEN_BYTES
     draft.slots.push([slot_of(sequence_id)])
     draft.events.append(ev.SequenceClosed(sequence_id, 0))
 
@@ -205,13 +205,6 @@ def _append_tokens(draft: Draft, sequence_id: int, tokens: np.ndarray) -> None:
         raise InvalidValue("step.tokens", f"at most {limit} tokens a sequence", known + len(tokens))
     draft.appended[sequence_id] = draft.appended.get(sequence_id, 0) + len(tokens)
     draft.events.append(ev.TokensAppended(sequence_id, tokens))
-
-
-def _check_ready(draft: Draft, pool: Pool) -> None:
-    live = draft.live_workers(pool.index)
-    fenced = len(draft.state.pool_workers[pool.index]) - len(live)
-    if len(live) < pool.workers_expected or fenced:
-        raise PoolNotReady(pool.name, pool.workers_expected, len(live), fenced)
 
 
 def _grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
@@ -279,37 +272,6 @@ def _grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
     draft.grown.update(dict.fromkeys(ids[keep].tolist()) if state.handoffs or len(command.hand_off) else {})
 
 
-def _open(draft: Draft, command: Open, client: int) -> list[int]:
-    """[sequence id, cached tokens, length]"""
-    state = draft.state
-    pool = state.pool(command.pool)
-    _check_ready(draft, pool)
-    count = len(command.tokens)
-    if count > state.config.sequence_tokens_max:
-        raise InvalidValue("open.tokens", f"at most {state.config.sequence_tokens_max} tokens", count)
-    if div_ceil(count, pool.page_size) > pool.num_pages:
-        raise SequenceTooLarge(pool.name, div_ceil(count, pool.page_size), pool.num_pages)
-    if not len(draft.slots):
-        raise TooMany("sequences", state.config.sequences_max)
-    pages = draft.pool(pool.index)
-    namespace = encode_namespace(command.tenant, command.extra)
-    found = pages.match(namespace, command.tokens.tobytes(), (count - 1) // pool.page_size)
-    cached = found.pages()
-    length = min(len(cached) * pool.page_size + command.chunk, count)
-    needed = div_ceil(length, pool.page_size) - len(cached)
-    pinned = pages.pin(found.nodes)
-    available = pages.can_take(needed)
-    if available < needed:
-        pages.unpin(pinned)
-        raise OutOfPages(pool.name, needed, available, pool.quarantined)
-    fresh = pages.take(needed)
-    sequence_id = (state.next_generation + draft.opened) << SLOT_BITS | draft.slots.pop(1)[0]
-    draft.opened += 1
-    as_array = np.array(cached, np.int32), np.array(fresh, np.int32)
-    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, *as_array, length))
-    return [sequence_id, len(cached) * pool.page_size, length]
-
-
 # --- handoff ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +291,7 @@ def _hand_off(draft: Draft, sequence_id: int, target_name: str) -> int:
         raise InvalidValue("step.hand_off", f"a pool of page_size {source.page_size}", f"{target.name} with {target.page_size}")
     if source.layout and target.layout and source.layout != target.layout:
         raise LayoutMismatch(f"handoff from pool {source.name} to {target.name}", source.layout, target.layout)
-    _check_ready(draft, target)
+    check_ready(draft, target)
     if len(state.handoffs) + len(begun) >= state.config.handoffs_max:
         raise TooMany("handoffs", state.config.handoffs_max)
     handoff_id = state.next_handoff + len(begun)

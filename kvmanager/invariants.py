@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 
 from kvmanager.errors import InvariantBroken
+from kvmanager.prefix import TOKEN_BYTES
 from kvmanager.state import State
 
 __all__ = ["check_invariants"]
@@ -39,6 +40,9 @@ def check_invariants(state: State) -> None:
                 owners.update(handoff.target_pages)
                 if handoff.target_node is not None:
                     node_refs.update(id(node) for node in handoff.target_node.path())
+        load = sum(len(each.tokens) // TOKEN_BYTES for each in state.sequences.values() if each.pool == pool.index)
+        if load != pool.load:
+            _fail(pool.name, f"load {pool.load}, known tokens {load}")
         refs = np.zeros(pool.num_pages, np.int64)
         for page, count in owners.items():
             refs[page] = count

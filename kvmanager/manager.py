@@ -29,11 +29,12 @@ __all__ = ["KVManager", "Opened", "Refused", "StepReply", "Surface", "new_state"
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A sequence that was opened: tokens [0, cached_tokens) are in its pages already, slots are reserved up to `length`."""
+    """A sequence that was opened in `pool`: tokens [0, cached_tokens) are in its pages already, slots are reserved up to `length`."""
 
     sequence: int
     cached_tokens: int
     length: int
+    pool: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +126,9 @@ class Surface:
                 raise error_from_wire(*error)
         return reply
 
-    def open(self, tokens: Tokens, pool: str, *, tenant: bytes = b"", extra: bytes = b"", chunk: int = 0) -> Opened:
-        """Open one sequence; see `commands.Open`. Raises OutOfPages, SequenceTooLarge, PoolNotReady, Unknown (pool), TooMany."""
-        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk),)))
+    def open(self, tokens: Tokens, pool: str = "", *, tenant: bytes = b"", extra: bytes = b"", chunk: int = 0, group: str = "") -> Opened:
+        """Open one sequence; see `commands.Open`. Raises OutOfPages, SequenceTooLarge, PoolNotReady, Unknown (pool, group), TooMany."""
+        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group),)))
         return Opened(*reply["opened"][0])
 
     def grow(self, sequence: int, count: int = 1) -> int:

@@ -51,6 +51,7 @@ class Pool:
         self.free: list[int] = list(range(num_pages - 1, -1, -1))  # a stack: the page used last is handed out first
         self.refs = np.zeros(num_pages, np.int32)
         self.used = 0
+        self.load = 0  # known token ids of open sequences, see placement
         self.quarantine: dict[int, Quarantined] = {}  # by serial, oldest first
         self.next_serial = 1
         self.quarantined = 0

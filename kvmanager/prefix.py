@@ -52,6 +52,9 @@ class Match:
         self.nodes = nodes
         self.last_pages = last_pages
 
+    def page_count(self) -> int:
+        return sum(len(node.pages) for node in self.nodes[:-1]) + (self.last_pages if self.nodes else 0)
+
     def pages(self) -> list[int]:
         found: list[int] = []
         for node in self.nodes[:-1]:

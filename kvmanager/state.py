@@ -73,6 +73,7 @@ class State:
         self.version = 0
         self.now_ms = 0
         self.pools: list[Pool] = []
+        self.groups: dict[str, list[Pool]] = {}
         self.tables = Tables()
         self.sequences: dict[int, Sequence] = {}
         self.workers: dict[int, Worker] = {}

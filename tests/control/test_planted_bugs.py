@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvmanager import admission as admission_module
 from kvmanager import apply as apply_module
 from kvmanager import decide as decide_module
 from kvmanager import events as ev
@@ -73,12 +74,12 @@ def eviction_takes_what_the_same_step_shares(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def salt_left_out(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decide_module, "encode_namespace", lambda tenant, extra: extra)
+    patch.setattr(admission_module, "encode_namespace", lambda tenant, extra: extra)
 
 
 @plant
 def extra_key_left_out(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decide_module, "encode_namespace", lambda tenant, extra: tenant)
+    patch.setattr(admission_module, "encode_namespace", lambda tenant, extra: tenant)
 
 
 @plant

@@ -202,6 +202,7 @@ def test_any_error_or_body_in_a_reply_is_read_or_refused(value: Any) -> None:
         pytest.param({"t": "step", "opens": [{"tokens": b"12345", "pool": "main"}]}, "open.tokens", "multiples of 4", id="token-bytes-odd"),
         pytest.param({"t": "step", "opens": [{"tokens": [1.5], "pool": "main"}]}, "open.tokens", "ints", id="token-float"),
         pytest.param({"t": "step", "opens": [{"tokens": [True], "pool": "main"}]}, "open.tokens", "ints", id="token-bool"),
+        pytest.param({"t": "step", "opens": [{"tokens": [1]}]}, "open.pool", "1..64", id="open-nowhere"),
         pytest.param({"t": "step", "opens": [{"tokens": [1], "pool": "x" * 65}]}, "open.pool", "1..64", id="pool-long"),
         pytest.param({"t": "step", "opens": [{"tokens": [1], "pool": "a\nb"}]}, "open.pool", "printable", id="pool-newline"),
         pytest.param({"t": "step", "opens": [{"tokens": [1], "pool": "a", "tenant": b"x" * 257}]}, "open.tenant", "256", id="tenant-long"),
@@ -254,7 +255,6 @@ def test_a_wrong_value_names_its_field_and_limit(wired: dict[str, Any], field: s
         pytest.param({"t": "join", "name": "n"}, id="join-incomplete"),
         pytest.param({"t": "ack"}, id="ack-empty"),
         pytest.param({"t": "gone"}, id="gone-empty"),
-        pytest.param({"t": "step", "opens": [{"tokens": [1]}]}, id="open-without-pool"),
     ],
 )
 def test_a_message_that_is_no_command_is_a_bad_message(wired: object) -> None:

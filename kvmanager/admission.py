@@ -1,0 +1,109 @@
+"""Admission: whether, where and with which pages a prompt is opened. Called by `decide`: reads the state, writes to the draft alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvmanager import events as ev
+from kvmanager.commands import Open
+from kvmanager.draft import Draft
+from kvmanager.errors import InvalidValue, KVError, OutOfPages, PoolNotReady, SequenceTooLarge, TooMany, Unknown
+from kvmanager.placement import Look, in_order, look, pages_wanted
+from kvmanager.pool import Pool
+from kvmanager.sequences import SLOT_BITS
+from kvmanager.state import encode_namespace
+from kvmanager.tables import div_ceil
+
+__all__ = ["admit", "check_ready"]
+
+
+def check_ready(draft: Draft, pool: Pool) -> None:
+    live = draft.live_workers(pool.index)
+    fenced = len(draft.state.pool_workers[pool.index]) - len(live)
+    if len(live) < pool.workers_expected or fenced:
+        raise PoolNotReady(pool.name, pool.workers_expected, len(live), fenced)
+
+
+def admit(draft: Draft, command: Open, client: int) -> list[Any]:
+    """Open a prompt in its pool, or in the best pool of its group: [sequence id, cached tokens, length, pool name].
+
+    If no pool of a group can, the refusal is the one that is soonest over: out of pages, then not ready, then too large.
+    """
+    state = draft.state
+    count = len(command.tokens)
+    if count > state.config.sequence_tokens_max:
+        raise InvalidValue("open.tokens", f"at most {state.config.sequence_tokens_max} tokens", count)
+    pools = _suitable(draft, command, count)
+    if not len(draft.slots):
+        raise TooMany("sequences", state.config.sequences_max)
+    namespace, data = encode_namespace(command.tenant, command.extra), command.tokens.tobytes()
+    looks = in_order(draft, [look(draft, pool, namespace, data, command) for pool in pools])
+    return _take(draft, command, client, namespace, _choose(draft, command, looks))
+
+
+def _suitable(draft: Draft, command: Open, count: int) -> list[Pool]:
+    """The pools that are asked for, are ready, and are large enough at all. Raises why if there is none."""
+    state = draft.state
+    if command.pool:
+        asked = [state.pool(command.pool)]
+    else:
+        asked = state.groups.get(command.group, [])
+        if not asked:
+            raise Unknown("group", command.group)
+    suitable: list[Pool] = []
+    not_ready: KVError | None = None
+    too_large: SequenceTooLarge | None = None
+    for pool in asked:
+        needed = div_ceil(count, pool.page_size)
+        try:
+            check_ready(draft, pool)
+        except PoolNotReady as error:
+            not_ready = not_ready or error
+            continue
+        if needed > pool.num_pages:
+            if too_large is None or pool.num_pages > too_large.details["total"]:
+                too_large = SequenceTooLarge(pool.name, needed, pool.num_pages)
+            continue
+        suitable.append(pool)
+    refusal = not_ready or too_large
+    if not suitable and refusal is not None:
+        raise refusal
+    return suitable
+
+
+def _choose(draft: Draft, command: Open, looks: list[Look]) -> Look:
+    """The first pool with room for the whole prompt, or else for the chunk that is to be reserved now. Raises OutOfPages."""
+    count = len(command.tokens)
+    for whole in (True, False) if len(looks) > 1 else (False,):
+        for item in looks:
+            wanted = pages_wanted(item, count if whole else min(item.cached + command.chunk, count))
+            if _room(draft, item, wanted) >= wanted:
+                return item
+    best = looks[0]
+    wanted = pages_wanted(best, min(best.cached + command.chunk, count))
+    raise OutOfPages(best.pool.name, wanted, _room(draft, best, wanted), best.pool.quarantined)
+
+
+def _room(draft: Draft, item: Look, wanted: int) -> int:
+    """How many of `wanted` pages the pool has, beside those that the prompt shares."""
+    pages = draft.pool(item.pool.index)
+    pinned = pages.pin(item.found.nodes)
+    room = pages.can_take(wanted)
+    pages.unpin(pinned)
+    return room
+
+
+def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Look) -> list[Any]:
+    count, pool, cached = len(command.tokens), chosen.pool, chosen.found.pages()
+    pages = draft.pool(pool.index)
+    pages.pin(chosen.found.nodes)
+    length = min(chosen.cached + command.chunk, count)
+    fresh = pages.take(pages_wanted(chosen, length))
+    sequence_id = (draft.state.next_generation + draft.opened) << SLOT_BITS | draft.slots.pop(1)[0]
+    draft.opened += 1
+    draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) + count
+    as_arrays = np.array(cached, np.int32), np.array(fresh, np.int32)
+    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, *as_arrays, length))
+    return [sequence_id, chosen.cached, length, pool.name]
