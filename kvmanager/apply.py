@@ -12,6 +12,7 @@ import msgpack
 import numpy as np
 
 from kvmanager import events as ev
+from kvmanager import lives
 from kvmanager.errors import InvariantBroken
 from kvmanager.handoff import Handoff, HandoffState
 from kvmanager.pool import Pool
@@ -31,7 +32,8 @@ class Restoring:
 
 def apply(state: State, batch: ev.EventBatch, restoring: Restoring | None = None) -> None:
     """Change `state` by one batch. Batches come in version order; a snapshot's batch sets the version it was taken at."""
-    if restoring is None and (batch.epoch != state.epoch or batch.version != state.version + 1):
+    in_order = batch.epoch == state.epoch and batch.version == state.version + 1
+    if restoring is None and not in_order and not lives.begins_after(state, batch):
         raise InvariantBroken(f"apply: expected {state.epoch}:{state.version + 1}, got {batch.epoch}:{batch.version}")
     state.epoch, state.version = batch.epoch, batch.version
     state.now_ms = max(state.now_ms, batch.now_ms)  # a clock that jumps back must not shorten a lease
@@ -460,6 +462,7 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.HandoffEnded: _handoff_ended,
     ev.ClientAnswered: _client_answered,
     ev.ClientForgotten: _client_forgotten,
+    ev.EpochBegun: lives.epoch_begun,
 }
 
 _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
@@ -471,4 +474,5 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.SequenceRestored: _sequence_restored,
     ev.HandoffRestored: _handoff_restored,
     ev.ClientRestored: _client_restored,
+    ev.LivesRestored: lives.lives_restored,
 }

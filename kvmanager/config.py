@@ -68,6 +68,7 @@ class ManagerConfig:
     message_bytes_max    one message on the wire
     lease_ms             a worker that does not acknowledge for this long is fenced
     heartbeat_ms         an idle publisher says where it stands this often
+    log_bytes_max        end of the log that is kept in memory, for replicas that missed something
     placement            how an open that names a group gets its pool: "prefix" by match and load (see placement), or "round_robin"
     placement_match_weight, placement_load_weight   of a cached token and of a token of load, in 0..1,000,000
     """
@@ -82,6 +83,7 @@ class ManagerConfig:
     message_bytes_max: int = 64 << 20
     lease_ms: int = 10_000
     heartbeat_ms: int = 200
+    log_bytes_max: int = 4 << 20
     placement: str = "prefix"
     placement_match_weight: int = 1
     placement_load_weight: int = 1
@@ -105,6 +107,7 @@ class ManagerConfig:
         check_int("message_bytes_max", self.message_bytes_max, 4096, 1 << 30)
         check_int("lease_ms", self.lease_ms, 10, 86_400_000)
         check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)
+        check_int("log_bytes_max", self.log_bytes_max, 0, 1 << 30)
         if self.placement not in PLACEMENTS:
             raise InvalidValue("placement", f"one of {', '.join(PLACEMENTS)}", repr(self.placement)[:80])
         check_int("placement_match_weight", self.placement_match_weight, 0, 1_000_000)

@@ -14,6 +14,9 @@ __all__ = [
     "Internal",
     "InvalidValue",
     "InvariantBroken",
+    "JournalCorrupt",
+    "JournalFailed",
+    "JournalMismatch",
     "KVError",
     "LayoutMismatch",
     "ManagerUnreachable",
@@ -21,6 +24,7 @@ __all__ = [
     "PoolNotReady",
     "ReplicaGap",
     "SequenceTooLarge",
+    "StaleEpoch",
     "StaleStep",
     "TooMany",
     "Unknown",
@@ -155,6 +159,42 @@ class ReplicaGap(KVError):
     code = "replica_gap"
 
 
+class StaleEpoch(KVError):
+    """It speaks from a life of the manager that this one does not continue, or from a part of it that was lost with its host.
+
+    What a worker holds then is not what this manager believes: it must stop touching pages, drain and join again.
+    """
+
+    code = "stale_epoch"
+
+
+class JournalFailed(KVError):
+    """A batch could not be written (full disk, broken disk), so the command changed nothing. It may be sent again later."""
+
+    code = "journal_failed"
+
+    def __init__(self, folder: str, text: str) -> None:
+        super().__init__(f"journal {folder}: {text}"[:1000], folder=folder)
+
+
+class JournalCorrupt(KVError):
+    """A journal is damaged in its middle: what follows is there, and cannot be trusted. A torn tail is not this: it is cut."""
+
+    code = "journal_corrupt"
+
+    def __init__(self, file: str, offset: int, expected: str, got: str) -> None:
+        super().__init__(f"{file}, offset {offset}: expected {expected}, got {got}", file=file, offset=offset, expected=expected, got=got)
+
+
+class JournalMismatch(KVError):
+    """The journal belongs to a manager with another config. Names the difference; pools may only be added, at the end."""
+
+    code = "journal_mismatch"
+
+    def __init__(self, what: str, expected: object, got: object) -> None:
+        super().__init__(f"{what}: expected {expected} as in the journal, got {got}", what=what, expected=str(expected), got=str(got))
+
+
 class Internal(KVError):
     """The manager failed to decide this command, by a fault of its own; it changed nothing. The text is for a bug report."""
 
@@ -185,6 +225,10 @@ _BY_CODE: dict[str, type[KVError]] = {
         LayoutMismatch,
         Fenced,
         StaleStep,
+        StaleEpoch,
+        JournalFailed,
+        JournalCorrupt,
+        JournalMismatch,
         ReplicaGap,
         Internal,
         ManagerUnreachable,

@@ -288,6 +288,26 @@ class ClientRestored(NamedTuple):
     notices: bytes
 
 
+class EpochBegun(NamedTuple):
+    """The manager came back from its journal: this life continues version `last` of epoch `before`. `slots` bounds open sequences.
+
+    Every free page is held until the pool's workers have acknowledged this version: one of them may have been told, by the end of a log
+    that was lost with its host, to write into it.
+    """
+
+    before: int
+    last: int
+    slots: int
+
+
+class LivesRestored(NamedTuple):
+    """Earlier lives, oldest first: the last version of each; and the first version of the current one."""
+
+    begun: int
+    epochs: Ints64
+    lasts: Ints64
+
+
 # The code is the place in this list: append only.
 EVENTS: tuple[type, ...] = (
     PoolAdded,
@@ -323,6 +343,8 @@ EVENTS: tuple[type, ...] = (
     SequenceRestored,
     HandoffRestored,
     ClientRestored,
+    EpochBegun,
+    LivesRestored,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -21,10 +22,16 @@ from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
 from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch
 from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
+from kvmanager.journal import Journal, fingerprint
+from kvmanager.lives import begin_life
 from kvmanager.queries import answer
+from kvmanager.recovery import LogTail, Recovered, recover
+from kvmanager.snapshot import snapshot
 from kvmanager.state import Notice, State
 
 __all__ = ["KVManager", "Opened", "Refused", "StepReply", "Surface", "new_state"]
+
+_JUMP_MS = 1000  # a clock that goes back by more than this has been set anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,24 +198,68 @@ def new_state(config: ManagerConfig, epoch: int) -> tuple[State, EventBatch]:
 
 
 class KVManager(Surface):
-    """The manager as an object: decide, apply, publish, reply, in that order.
+    """The manager as an object: decide, write to the journal, apply, publish, reply, in that order.
 
     config   pools and bounds
-    clock    milliseconds, never going back; tests and the simulator pass their own
+    clock    milliseconds; tests and the simulator pass their own
+    epoch    number of this life; one that continues a journal has at least the next one
     checked  check every invariant after every batch: slow, for tests
+    journal  a folder or a Journal: what is in it is recovered, and everything decided is written to it. None: nothing outlives this object
+
+    Raises JournalCorrupt, JournalMismatch, JournalFailed; InvalidValue if another manager has the journal.
     """
 
     CLIENT = 1  # the embedding program's own client id; those on the wire are random and larger
 
-    def __init__(self, config: ManagerConfig, *, clock: Callable[[], int] | None = None, epoch: int = 1, checked: bool = False) -> None:
+    def __init__(
+        self,
+        config: ManagerConfig,
+        *,
+        clock: Callable[[], int] | None = None,
+        epoch: int = 1,
+        checked: bool = False,
+        journal: Journal | Path | str | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.clock = clock or (lambda: time.monotonic_ns() // 1_000_000)
         self.checked = checked
+        self.journal = Journal(str(journal)) if isinstance(journal, (str, Path)) else journal
+        self.recovered: Recovered | None = None
+        self.tail = LogTail(config.log_bytes_max)
         self._number = 0
+        self._clock_offset = 0
         self._subscribers: list[Callable[[EventBatch, bytes], None]] = []
-        self.state, first = new_state(config, epoch)
-        self._commit(first)
+        try:
+            self._begin(epoch)
+        except BaseException:
+            if self.journal is not None:
+                self.journal.close()
+            raise
+
+    def _begin(self, epoch: int) -> None:
+        """Begin the first life, or the next one of what the journal holds."""
+        self.recovered = recover(self.config, self.journal) if self.journal is not None else None
+        if self.recovered is None:
+            self.state, first = new_state(self.config, epoch)
+            if self.journal is not None:
+                self.journal.start(0, encode_batch(snapshot(self.state)), fingerprint(self.config))
+        else:
+            self.state, self.tail = self.recovered.state, self.recovered.tail
+            first = begin_life(self.state, self.config, epoch)
+            self._number = self.state.clients[self.CLIENT].number if self.CLIENT in self.state.clients else 0
+            # Time goes on where the log ends: the host may have been started anew since, and its clock with it.
+            self._clock_offset = self.state.now_ms - self.clock()
+        # Synced whatever the policy: a life whose beginning were lost would be followed by another with the same number.
+        self._commit(first, sync=True)
+
+    def now(self) -> int:
+        """The clock as the log sees it: it goes on over a restart, and a jump back does not hold it up."""
+        now = self.clock() + self._clock_offset
+        if now < self.state.now_ms - _JUMP_MS:
+            self._clock_offset += self.state.now_ms - now
+            now = self.state.now_ms
+        return now
 
     def subscribe(self, callback: Callable[[EventBatch, bytes], None]) -> None:
         """Call back with every batch from now on, decoded and as bytes, before the reply to its command is given."""
@@ -220,7 +271,7 @@ class KVManager(Surface):
     def execute(self, command: Command, client: int, number: int) -> bytes:
         """Carry out a client's request; gives the reply's bytes (msgpack). Raises KVError, with nothing changed."""
         try:
-            batch, reply = decide(self.state, command, self.clock(), client, number)
+            batch, reply = decide(self.state, command, self.now(), client, number)
         except (KVError, InvariantBroken):
             raise
         except Exception as error:  # deciding only reads: our fault costs this sender an error, and nobody else anything
@@ -234,7 +285,7 @@ class KVManager(Surface):
 
         The server calls this by itself; an embedding program calls it every now and then. Nothing is logged while there is nothing to do.
         """
-        state, now = self.state, self.clock()
+        state, now = self.state, self.now()
         if (
             any(not worker.fenced and now > worker.deadline_ms for worker in state.workers.values())
             or any(pool.quarantine and pool.oldest_quarantined() <= state.acked(pool.index) for pool in state.pools)
@@ -242,9 +293,21 @@ class KVManager(Surface):
         ):
             self._number += 1
             self.execute(Tick(), self.CLIENT, self._number)
+        if self.journal is not None:
+            self.journal.tick(now)
+            if self.journal.due():
+                self.compact()
+
+    def compact(self) -> bool:
+        """Begin a new segment of the journal with a snapshot; whether it was done (see `Journal.start`). `tick` does so when it is due."""
+        return self.journal is not None and self.journal.start(
+            self.state.version, encode_batch(snapshot(self.state)), fingerprint(self.config)
+        )
 
     def disconnect(self) -> None:
-        """Nothing to do here; a client closes its connection."""
+        """Let go of the journal, if there is one: nothing more can be decided then. (A client closes its connection.)"""
+        if self.journal is not None:
+            self.journal.close()
 
     def _execute(self, command: Command) -> dict[str, Any]:
         self._number += 1
@@ -253,7 +316,7 @@ class KVManager(Surface):
     def query(self, message: dict[str, Any]) -> dict[str, Any]:
         """Answer a client's query; see `queries.answer`. Raises KVError."""
         try:
-            return answer(self.state, message, self.clock())
+            return answer(self.state, message, self.now())
         except (KVError, InvariantBroken):
             raise
         except Exception as error:  # a fault of ours costs whoever asked an error, and nobody else anything
@@ -262,11 +325,14 @@ class KVManager(Surface):
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         return self.query(message)
 
-    def _commit(self, batch: EventBatch) -> None:
+    def _commit(self, batch: EventBatch, *, sync: bool = False) -> None:
         data = encode_batch(batch)
         batch = decode_batch(data)  # what is applied here is what everybody else reads, to the last byte
+        if self.journal is not None:
+            self.journal.append(batch.version, data, batch.now_ms, sync=sync)
         apply(self.state, batch)
         if self.checked:
             check_invariants(self.state)
+        self.tail.append(batch.version, data)
         for callback in self._subscribers:
             callback(batch, data)

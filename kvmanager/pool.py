@@ -102,6 +102,11 @@ class Pool:
             self.next_serial += 1
             self.quarantined += len(pages)
 
+    def hold_free(self, version: int) -> None:
+        """Quarantine everything that is free."""
+        pages, self.free = self.free, []
+        self.put_in_quarantine(version, pages)
+
     def release(self, serial: int) -> None:
         """Quarantined pages become free."""
         entry = self.quarantine.pop(serial)

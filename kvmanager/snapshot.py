@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 
 from kvmanager import events as ev
+from kvmanager import lives
 from kvmanager.apply import Restoring, apply
 from kvmanager.config import ManagerConfig
 from kvmanager.prefix import Node
@@ -96,6 +97,7 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
     for client in state.clients.values():
         notices = msgpack.packb([list(notice) for notice in client.notices])
         events.append(ev.ClientRestored(client.client_id, client.number, client.version, client.reply, notices))
+    events += lives.restore_events(state)
     events.append(
         ev.StateRestored(
             state.next_generation,
@@ -116,6 +118,7 @@ _SEEN_BY_REPLICAS = (
     ev.SequenceRestored,
     ev.HandoffRestored,
     ev.StateRestored,
+    ev.LivesRestored,
 )
 
 

@@ -84,6 +84,8 @@ class State:
         self.next_generation = 1
         self.next_worker = 1
         self.next_handoff = 1
+        self.past: dict[int, int] = {}  # earlier lives that this log continues, oldest first: epoch -> its last version
+        self.begun = 0  # the first version of this life, if it continues another
 
     # --- queries -------------------------------------------------------------------------------------------------------------
 

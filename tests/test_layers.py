@@ -33,6 +33,7 @@ STATE_MACHINE = {
         "apply",
         "snapshot",
         "invariants",
+        "lives",
         "queries",
     )
 }
