@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from journaled import CONFIG, Life, reborn
 
 from kvmanager.errors import InvalidValue, JournalCorrupt, JournalFailed
 from kvmanager.files import Files, MemoryFiles, Stopped
@@ -19,6 +18,7 @@ from kvmanager.journal import Journal, Segment
 from kvmanager.manager import KVManager
 from kvmanager.recovery import replay
 from kvmanager.snapshot import state_digest
+from tests.control.journaled import CONFIG, Life, reborn
 
 
 def lived(steps: int = 12, seed: int = 1, **more: object) -> Life:
