@@ -31,8 +31,6 @@ from kvmanager.state import Notice, State
 
 __all__ = ["KVManager", "Opened", "Refused", "StepReply", "Surface", "new_state"]
 
-_JUMP_MS = 1000  # a clock that goes back by more than this has been set anew
-
 
 @dataclass(frozen=True, slots=True)
 class Opened:
@@ -254,12 +252,8 @@ class KVManager(Surface):
         self._commit(first, sync=True)
 
     def now(self) -> int:
-        """The clock as the log sees it: it goes on over a restart, and a jump back does not hold it up."""
-        now = self.clock() + self._clock_offset
-        if now < self.state.now_ms - _JUMP_MS:
-            self._clock_offset += self.state.now_ms - now
-            now = self.state.now_ms
-        return now
+        """The clock as the log sees it: after a restart it goes on where the log ended. One that goes back makes leases longer."""
+        return self.clock() + self._clock_offset
 
     def subscribe(self, callback: Callable[[EventBatch, bytes], None]) -> None:
         """Call back with every batch from now on, decoded and as bytes, before the reply to its command is given."""
