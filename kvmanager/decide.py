@@ -42,13 +42,17 @@ class Decision(NamedTuple):
     reply: bytes
 
 
+def stale_number(last: int, number: int) -> BadMessage:
+    return BadMessage(f"request number: expected above {last}, got {number}")
+
+
 def decide(state: State, command: Command, now_ms: int, client: int, number: int) -> Decision:
     """Decide one command of a client. The same number again gets the same reply and changes nothing."""
     record = state.clients.get(client)
     if record is not None and number <= record.number:
         if number == record.number:
             return Decision(None, record.reply)
-        raise BadMessage(f"request number: expected above {record.number}, got {number}")
+        raise stale_number(record.number, number)
     draft = Draft(state)
     if isinstance(command, Step):
         _settle_pages(draft)  # before the step takes pages: what it evicts must not be what is being published

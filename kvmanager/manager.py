@@ -7,6 +7,7 @@ a program moves from `KVManager(config)` to `KVClient(address)` by changing one 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgpack
 from kvmanager.apply import apply
 from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, Tokens, WorkerGone
 from kvmanager.config import ManagerConfig
-from kvmanager.decide import decide
+from kvmanager.decide import decide, stale_number
 from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
 from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch
 from kvmanager.handoff import HandoffState
@@ -227,6 +228,7 @@ class KVManager(Surface):
         self.tail = LogTail(config.log_bytes_max)
         self._number = 0
         self._clock_offset = 0
+        self._refused: OrderedDict[int, tuple[int, KVError]] = OrderedDict()  # client -> its last request that was refused, and why
         self._subscribers: list[Callable[[EventBatch, bytes], None]] = []
         try:
             self._begin(epoch)
@@ -264,15 +266,33 @@ class KVManager(Surface):
 
     def execute(self, command: Command, client: int, number: int) -> bytes:
         """Carry out a client's request; gives the reply's bytes (msgpack). Raises KVError, with nothing changed."""
+        refused = self._refused.get(client)
+        if refused is not None and number <= refused[0]:
+            # Its sender has been told, or will be. A late copy that were carried out now would make things that nobody knows of.
+            raise error_from_wire(**refused[1].to_wire()) if number == refused[0] else stale_number(refused[0], number)
         try:
             batch, reply = decide(self.state, command, self.now(), client, number)
-        except (KVError, InvariantBroken):
+        except KVError as error:
+            self._remember_refusal(client, number, error)
+            raise
+        except InvariantBroken:
             raise
         except Exception as error:  # deciding only reads: our fault costs this sender an error, and nobody else anything
-            raise Internal(f"{type(command).__name__}: {type(error).__name__}: {error}"[:500]) from error
+            internal = Internal(f"{type(command).__name__}: {type(error).__name__}: {error}"[:500])
+            self._remember_refusal(client, number, internal)
+            raise internal from error
         if batch is not None:
             self._commit(batch)
         return reply
+
+    def _remember_refusal(self, client: int, number: int, error: KVError) -> None:
+        """Nothing in the log tells of a refusal, so a restart forgets it."""
+        record = self.state.clients.get(client)
+        if record is None or number > record.number:
+            self._refused[client] = number, error.with_traceback(None)
+            self._refused.move_to_end(client)
+            if len(self._refused) > self.config.clients_max:
+                self._refused.popitem(last=False)
 
     def tick(self) -> None:
         """Notice leases that have ended, and pages and handoffs that nobody can touch any more.

@@ -118,6 +118,7 @@ class Turn:
 
     opened   sequence id -> what was asked for
     visible  for each pool the index as the decision saw it: pages published by this batch come after it
+    known    sequence id -> tokens known before this batch made more of them known
     starts   sequence id -> first slot that the workers are to write in this step; a handler that gives them something to write sets it
     """
 
@@ -127,3 +128,4 @@ class Turn:
     opened: dict[int, Open] = field(default_factory=dict)
     visible: list[dict[int, tuple[int, int]]] = field(default_factory=list)
     starts: dict[int, int] = field(default_factory=dict)
+    known: dict[int, int] = field(default_factory=dict)

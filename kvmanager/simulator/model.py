@@ -50,6 +50,13 @@ class Model:
                 count.update(move.target_pages)
         return count
 
+    def memory(self, pool: int, name: str) -> np.ndarray:
+        """A place's page memory. It comes back as it was left: whatever is read without being written first is garbage."""
+        found = self.memories.get((pool, name))
+        if found is None:
+            found = self.memories[pool, name] = np.zeros((self.config.pools[pool].num_pages, PAGE), np.int64)
+        return found
+
     def crew(self, pool: int, fenced: bool = False) -> list[Worker]:
         return [worker for worker in self.workers.values() if worker.pool == pool and (fenced or not worker.fenced)]
 
@@ -159,19 +166,22 @@ class Model:
             first.setdefault(work.sequence, work)
         work = rng.choice(list(first.values()))
         worker.works.remove(work)
-        pages = np.array(work.pages, np.int64)
+        self.run(worker.name, worker.memory, work)
+        worker.done[work.sequence] = work.length
+
+    def run(self, name: str, memory: np.ndarray, work: Work, hole: bool = False) -> None:
+        """Read what is there and compare, unless the worker itself left a hole there; write what is new."""
         slots = np.arange(work.length)
-        there = pages[slots // PAGE], slots % PAGE
+        pages, offsets = np.array(work.pages, np.int64)[slots // PAGE], slots % PAGE
         stamps = np.array(work.stamps[: work.length])
-        read = worker.memory[there][: work.start]
-        if not np.array_equal(read, stamps[: work.start]):
+        read = memory[pages[: work.start], offsets[: work.start]]
+        if not hole and not np.array_equal(read, stamps[: work.start]):
             slot = int(np.argmax(read != stamps[: work.start]))
             raise Broken(
-                f"step {work.version} of sequence {work.sequence} on {worker.name} read {read[slot]} in slot {slot}, "
+                f"step {work.version} of sequence {work.sequence} on {name} read {read[slot]} in slot {slot}, "
                 f"page {work.pages[slot // PAGE]}, not its own {stamps[slot]}"
             )
-        worker.memory[there[0][work.start :], there[1][work.start :]] = stamps[work.start :]
-        worker.done[work.sequence] = work.length
+        memory[pages[work.start :], offsets[work.start :]] = stamps[work.start :]
 
     def pull(self, worker: Worker, pull: Pull, rng: random.Random) -> None:
         source, target, stamps = pull.todo.pop(rng.randrange(len(pull.todo)))

@@ -14,6 +14,7 @@ class Action(NamedTuple):
     name: str
     rates: tuple[float, ...]
     call: Callable[[Any], None]
+    plays_workers: bool
 
 
 ACTIONS: list[Action] = []
@@ -21,11 +22,14 @@ DRAWS: list[Callable[[Any], dict[str, Any]]] = []
 FOLLOWERS: dict[type, Callable[[Any, Any, Any], None]] = {}
 
 
-def action(*rates: float) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """`call(driver)` happens with one of these rates, against the other actions' rates."""
+def action(*rates: float, plays_workers: bool = False) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """`call(driver)` happens with one of these rates, against the other actions' rates.
+
+    plays_workers  it is a worker's doing; in the simulated system, workers are processes of their own
+    """
 
     def register(call: Callable[[Any], None]) -> Callable[[Any], None]:
-        ACTIONS.append(Action(call.__name__, rates, call))
+        ACTIONS.append(Action(call.__name__, rates, call, plays_workers))
         return call
 
     return register

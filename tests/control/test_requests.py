@@ -54,10 +54,30 @@ def test_lower_number_is_rejected_and_changes_nothing(manager: KVManager) -> Non
     manager.execute(Step(), 77, 9)
 
 
-def test_rejected_request_may_be_mended_under_the_same_number(manager: KVManager) -> None:
+def test_a_late_copy_of_a_refused_request_is_refused_too(manager: KVManager) -> None:
+    """The simulator's find: a join was refused, a copy of it came late and was carried out, and nobody knew of the worker it made. Its
+    lease ended, nobody could report it dead, and the pool was never ready again."""
+    with pytest.raises(KVError) as refused:
+        manager.execute(Join("A1", "A", "bf16"), 77, 5)
+    manager.worker_gone(1)
+    digest = state_digest(manager.state)
+    with pytest.raises(type(refused.value)) as again:
+        manager.execute(Join("A1", "A", "bf16"), 77, 5)
+    assert again.value.to_wire() == refused.value.to_wire()
+    with pytest.raises(BadMessage, match="above 5, got 4"):
+        manager.execute(Step(), 77, 4)
+    assert state_digest(manager.state) == digest
+    manager.execute(Join("A1", "A", "bf16"), 77, 6)
+
+
+def test_refusals_are_remembered_for_as_many_clients_as_there_may_be(manager: KVManager) -> None:
+    for client in range(100, 110):
+        with pytest.raises(KVError):
+            manager.execute(Join("A1", "A", "bf16"), client, 1)
+    manager.worker_gone(1)
     with pytest.raises(KVError):
-        manager.execute(Join("A1", "nowhere", "bf16"), 77, 1)
-    assert "opened" in msgpack.unpackb(manager.execute(Step(opens=[Open([1], "A")]), 77, 1))
+        manager.execute(Join("A1", "A", "bf16"), 109, 1)
+    manager.execute(Join("A1", "A", "bf16"), 100, 1)  # of ten clients, three
 
 
 def test_numbers_of_different_clients_do_not_meet(manager: KVManager) -> None:

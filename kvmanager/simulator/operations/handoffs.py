@@ -52,7 +52,8 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
     demand(move.state in ("sealed", "reserving"), f"handoff {event.handoff} moving while {move.state}")
     text = model.texts[move.sequence]
     shared, fresh = event.shared.tolist(), event.fresh.tolist()
-    run = model.indexed_run(turn.visible[move.target], text.stamps[: min(text.known, text.length)], text.length // PAGE)
+    known = turn.known.get(move.sequence, text.known)  # what this batch makes known, its decision did not see yet
+    run = model.indexed_run(turn.visible[move.target], text.stamps[: min(known, text.length)], text.length // PAGE)
     demand(shared == run, f"handoff {event.handoff}: shared pages {shared}, the model finds {run}")
     demand(len(shared) + len(fresh) == len(text.pages), f"handoff {event.handoff}: {len(shared) + len(fresh)} of {len(text.pages)} pages")
     model.check_content(move.target, shared, text.stamps[: len(shared) * PAGE], f"handoff {event.handoff}")

@@ -24,4 +24,5 @@ def appended(model: Model, event: ev.TokensAppended, turn: Turn) -> None:
     text = model.texts[event.sequence]
     told = event.tokens.tolist()
     demand(text.tokens[text.known : text.known + len(told)] == told, f"tokens of {event.sequence} arrived changed")
+    turn.known.setdefault(event.sequence, text.known)
     text.known += len(told)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from kvmanager import events as ev
-from kvmanager.simulator.books import PAGE, Turn, Worker, demand
+from kvmanager.simulator.books import Turn, Worker, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import action, follows
 
 
-@action(5, 15, 30)
+@action(5, 15, 30, plays_workers=True)
 def work(driver: Any) -> None:
     driver.work()
 
 
-@action(12, 20, 35)
+@action(12, 20, 35, plays_workers=True)
 def ack(driver: Any) -> None:
     driver.work(3)
     workers = driver.model.workers
@@ -26,44 +24,41 @@ def ack(driver: Any) -> None:
             driver.ack(worker)
 
 
-@action(0, 0.3, 1)
+@action(0, 0.3, 1, plays_workers=True)
 def late(driver: Any) -> None:
     driver.tick(driver.rng.choice((600, 1500)))
 
 
-@action(0, 0.2, 1)
+@action(0, 0.2, 1, plays_workers=True)
 def die(driver: Any) -> None:
     driver.die()
 
 
-@action(3)
+@action(3, plays_workers=True)
 def bury(driver: Any) -> None:
     zombies = [worker for worker in driver.model.workers.values() if worker.fenced]
     if zombies:
         driver.die(driver.rng.choice(zombies))
 
 
-@action(4)
+@action(4, plays_workers=True)
 def join(driver: Any) -> None:
     driver.join()
 
 
-@action(2)
+@action(2, plays_workers=True)
 def repeat(driver: Any) -> None:
     driver.repeat()
 
 
-@action(2)
+@action(2, plays_workers=True)
 def tick(driver: Any) -> None:
     driver.tick(driver.rng.choice((1, 1, 50, 300)))
 
 
 @follows(ev.WorkerJoined)
 def joined(model: Model, event: ev.WorkerJoined, turn: Turn) -> None:
-    pool = model.config.pools[event.pool]
-    # The same place comes back with the same memory, as it was left: whatever is read without being written first is garbage.
-    memory = model.memories.setdefault((event.pool, event.name), np.zeros((pool.num_pages, PAGE), np.int64))
-    model.workers[event.worker] = Worker(event.worker, event.name, event.pool, memory, model.version)
+    model.workers[event.worker] = Worker(event.worker, event.name, event.pool, model.memory(event.pool, event.name), model.version)
 
 
 @follows(ev.WorkerAcked)

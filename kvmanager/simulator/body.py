@@ -1,0 +1,314 @@
+"""Body: a simulated worker process. A real `Replica`, a page memory of stamps, and a process's fate: stopped, killed, fenced.
+
+It follows before it joins, as a real worker does; runs steps on the replica's tables, sequence by sequence; copies pages one by one;
+acknowledges what the replica says. Whatever it reads is compared with the stamps of the sequence that it reads for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvmanager import wire
+from kvmanager.commands import Ack, Join, command_to_wire
+from kvmanager.errors import Fenced, KVError, ReplicaGap, StaleStep
+from kvmanager.replica import AckContent, Pull, Replica
+from kvmanager.simulator.books import Broken, Work, Worker, demand
+from kvmanager.simulator.caller import Caller
+from kvmanager.simulator.model import Model
+from kvmanager.simulator.world import Network, World
+
+__all__ = ["Body"]
+
+RENEW_US = 250_000
+PATIENCE_US = 80_000  # nobody orders a step for this long: its scheduler is gone, the step is skipped
+CHORE_US = 10_000
+
+
+class Body:
+    """pool, rank  its place: whoever comes after it there finds the same memory, as it was left"""
+
+    def __init__(self, world: World, network: Network, model: Model, pool: int, rank: int, client: int, serve: Callable[..., None]) -> None:
+        self.world, self.network, self.model = world, network, model
+        self.pool, self.rank = pool, rank
+        config = model.config.pools[pool]
+        self.name = f"{config.name}{rank}"
+        self.memory = model.memory(pool, self.name)
+        self.caller = Caller(world, network, client, f"{self.name}.{client}", serve)
+        self.replica = Replica(config.name)
+        self.alive = True
+        self.stopped = False
+        self.joined: Worker | None = None  # as the books have it; None until the manager has answered
+        self.loaded = False
+        self.digest_at: Callable[[int, int], bytes | None] = lambda epoch, version: None
+        self._asked_tables = False
+        self._inbox: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # what waits for a process that is stopped or in a step
+        self._frozen: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # what it would have gone on with
+        self._orders: dict[int, list[int]] = {}
+        self._running = 0  # the step in progress
+        self._waiting_for = self._waiting_since = 0  # a step that waits for its order, and since when
+        self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
+        self._copies: dict[int, Pull] = {}
+        self._acking = False
+        self._acked_at = world.now_us
+        self._ask_hello()
+        self._chores()
+
+    # --- life ---
+
+    def kill(self) -> None:
+        """It touches nothing any more."""
+        self.alive = False
+        self.caller.die()
+        if self.joined is not None:
+            self.joined.works.clear()
+            self.joined.pulls.clear()
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def resume(self) -> None:
+        """It goes on where it was, and then reads what has come meanwhile."""
+        self.stopped = False
+        frozen, self._frozen = self._frozen, []
+        for call, args in frozen:
+            if self.alive:
+                call(*args)
+        self._catch_up()
+
+    def _busy(self) -> bool:
+        return self.stopped or bool(self._running)
+
+    def _catch_up(self) -> None:
+        while self._inbox and self.alive and not self._busy():
+            call, args = self._inbox.pop(0)
+            call(*args)
+
+    def receive(self, call: Callable[..., None], *args: Any) -> None:
+        """A message for this process: taken in now, or once it can."""
+        if self.alive:
+            self._inbox.append((call, args))
+            self._catch_up()
+
+    def _later(self, delay_us: int, call: Callable[..., None], *args: Any) -> None:
+        """The process goes on by itself; while it is stopped it does not."""
+
+        def go_on() -> None:
+            if self.alive:
+                if self.stopped:
+                    self._frozen.append((call, args))
+                else:
+                    call(*args)
+
+        self.world.after(delay_us, go_on)
+
+    def _chores(self) -> None:
+        """Every now and then: what is due without a message."""
+        if self.joined is not None and not self._busy():
+            if self.replica.step and self.world.now_us - self._waiting_since > PATIENCE_US:
+                self._skip(self.replica.step)
+            if self.world.now_us - self._acked_at > RENEW_US and not self._acking:
+                self._send_ack(self.replica.renewal())
+        if self.alive:
+            self.world.after(CHORE_US, self._chores)
+
+    # --- joining and following ---
+
+    def _ask_hello(self) -> None:
+        def answered(reply: dict[str, Any] | KVError) -> None:
+            if not self.loaded and self.alive:  # until a publication has come, the subscription may not be live
+                self.world.after(20_000, self._ask_hello)
+
+        if self.alive and not self.loaded:
+            self.caller.ask({"t": "hello"}, lambda reply: self.receive(answered, reply))
+
+    def _synchronise(self) -> None:
+        if not self._asked_tables:
+            self._asked_tables = True
+            self.caller.ask({"t": "tables"}, lambda reply: self.receive(self._load, reply))
+
+    def _load(self, reply: dict[str, Any] | KVError) -> None:
+        self._asked_tables = False
+        if isinstance(reply, KVError):
+            raise Broken(f"{self.name}: tables refused: {reply}")
+        self.replica.load(reply["tables"])
+        for work in list(self._works()):
+            if work.version <= self.replica.version:  # steps that it went past and will never run
+                self._holes[work.sequence] = None
+                self._works().remove(work)
+        if not self.loaded:
+            self.loaded = True
+            self._ask_join()
+        self._look()
+
+    def _ask_join(self) -> None:
+        def answered(reply: dict[str, Any] | KVError) -> None:
+            if isinstance(reply, KVError):
+                self.world.after(50_000, self._ask_join)  # the place is not free yet, or holds something
+                return
+            self._acked_at = self.world.now_us
+            self.joined = self.model.workers.get(reply["worker"])
+            if self.joined is None:  # declared dead before it heard of its birth
+                self.kill()
+                return
+            self._look()
+
+        if self.alive:
+            command = Join(self.name, self.model.config.pools[self.pool].name, "layout")
+            self.caller.ask(command_to_wire(command), lambda reply: self.receive(answered, reply))
+
+    def published(self, topic: bytes, data: bytes) -> None:
+        self.receive(self._take_in, topic, data)
+
+    def _take_in(self, topic: bytes, data: bytes) -> None:
+        if not self.loaded:
+            self._synchronise()
+            return
+        if self._asked_tables:
+            return  # the snapshot under way will be newer, or show the gap again
+        try:
+            if topic == wire.BATCH_TOPIC:
+                self.replica.feed(data)
+            else:
+                self.replica.check(*wire.decode_heartbeat(data))
+        except ReplicaGap as error:
+            demand("differ" not in error.text, f"{self.name}: {error.text}")
+            self._synchronise()
+            return
+        self._look()
+
+    def _look(self) -> None:
+        """Something has changed: is there a step to run, a page to copy, something to acknowledge?"""
+        digest = self.digest_at(self.replica.epoch, self.replica.version)
+        if digest is not None and digest != self.replica.tables.digest():
+            raise Broken(f"{self.name}: tables at version {self.replica.version} differ from the manager's")
+        if self.joined is None or self._busy():
+            return
+        if self.replica.step and self._waiting_for != self.replica.step:
+            self._waiting_for, self._waiting_since = self.replica.step, self.world.now_us
+        if self.replica.step in self._orders:
+            self._run(self.replica.step)
+        self._see_to_pulls()
+        if not self._acking:
+            content = self.replica.ack()
+            if content is not None:
+                self._send_ack(content)
+
+    # --- steps ---
+
+    def _works(self) -> list[Work]:
+        return self.joined.works if self.joined is not None else []
+
+    def order(self, version: int, sequences: list[int]) -> None:
+        """The scheduler says: run this step for these sequences."""
+        self.receive(self._ordered, version, sequences)
+
+    def _ordered(self, version: int, sequences: list[int]) -> None:
+        if self.joined is None:
+            return
+        try:
+            self.replica.ready(version)
+        except StaleStep:
+            return
+        self._orders[version] = sequences
+        self._look()
+
+    def _run(self, version: int) -> None:
+        ids = self._orders.pop(version)
+        for each in [each for each in self._orders if each < version]:
+            del self._orders[each]
+        rng = self.world.rng
+        demand(self.replica.ready(version), f"{self.name}: step {version} is ready and is not")
+        mine = {work.sequence: work for work in self._works() if work.version == version}
+        demand(sorted(mine) == sorted(ids), f"{self.name}: step {version} is for {ids}, the books have {list(mine)}")
+        if self.world.faults.happens("skip", rng):
+            ids = ids[: rng.randrange(len(ids))]
+        tables = self.replica.batch(version, ids)
+        for row, sequence in enumerate(ids):
+            got, work = (int(tables.lengths[row]), tables.pages_of(row).tolist()), mine[sequence]
+            demand(got == (work.length, work.pages), f"{self.name}: step {version} of {sequence}: tables {got}, the books have {work}")
+        self._running = version
+        for place, sequence in enumerate(ids):
+            self._later(200 * (place + 1), self._run_one, mine[sequence])
+        self._later(200 * (len(ids) + 1) + int(rng.random() * 2000), self._finish, version, ids)
+
+    def _run_one(self, work: Work) -> None:
+        self.model.run(self.name, self.memory, work, hole=work.sequence in self._holes)
+
+    def _finish(self, version: int, ids: list[int]) -> None:
+        self._running = 0
+        self._done_with(version, ids)
+        self._look()
+        self._catch_up()
+
+    def _skip(self, version: int) -> None:
+        self._done_with(version, [])
+        self._look()
+
+    def _done_with(self, version: int, ids: list[int]) -> None:
+        for work in [work for work in self._works() if work.version == version]:
+            if work.sequence not in ids:
+                self._holes[work.sequence] = None
+            self._works().remove(work)
+        self.replica.finish(version, ids)
+
+    # --- pulls ---
+
+    def _see_to_pulls(self) -> None:
+        for pull in self.replica.pulls():
+            if pull.handoff not in self._copies:
+                self._copies[pull.handoff] = pull
+                self.replica.begin_pull(pull.handoff)
+                self._later(500, self._copy, pull, 0)
+        self._drop_pulls()
+
+    def _copy(self, pull: Pull, at: int) -> None:
+        """One page, then the next."""
+        ongoing = any(each.handoff == pull.handoff for each in self.replica.pulls())
+        books = self.joined.pulls.get(pull.handoff) if self.joined is not None else None
+        failed = self.world.faults.happens("skip", self.world.rng)
+        if not ongoing or failed or at == len(pull.source_pages):
+            del self._copies[pull.handoff]
+            if failed and ongoing:
+                self.replica.pull_failed(pull.handoff)
+            else:
+                self.replica.pulled(pull.handoff)
+            self._look()
+            return
+        source, target = int(pull.source_pages[at]), int(pull.target_pages[at])
+        item = next((item for item in books.todo if item[1] == target), None) if books is not None else None
+        if books is not None and item is not None:
+            got = books.source[source, : len(item[2])].tolist()
+            # Once aborted, the source may die and be somebody else's: what is copied then is never used.
+            demand(
+                books.aborted_at or (item[0] == source and got == item[2]),
+                f"handoff {pull.handoff}: {self.name} pulled page {source} and read {got[:4]}, not {item[2][:4]}",
+            )
+            self.memory[target] = books.source[source]
+            books.todo.remove(item)
+        self._later(100 + int(self.world.rng.random() * 1000), self._copy, pull, at + 1)
+
+    def _drop_pulls(self) -> None:
+        """Aborted pulls that this process has heard of and does not carry out any more."""
+        if self.joined is not None:
+            wanted = {pull.handoff for pull in self.replica.pulls()}
+            for pull in list(self.joined.pulls.values()):
+                heard = pull.aborted_at and self.replica.version >= pull.aborted_at
+                if heard and pull.handoff not in wanted and pull.handoff not in self._copies:
+                    del self.joined.pulls[pull.handoff]
+
+    # --- acknowledgements ---
+
+    def _send_ack(self, content: AckContent) -> None:
+        assert self.joined is not None
+        self._acking, self._acked_at = True, self.world.now_us
+        command = Ack(self.joined.worker, content.version, content.ids, content.tokens, content.pulled)
+        self.caller.ask(command_to_wire(command), lambda reply: self.receive(self._ack_answered, reply))
+
+    def _ack_answered(self, reply: dict[str, Any] | KVError) -> None:
+        self._acking = False
+        if isinstance(reply, Fenced):
+            self.kill()  # it ends itself; whoever watches over it says so
+            return
+        demand(not isinstance(reply, KVError), f"acknowledgement of {self.name} refused: {reply}")
+        self._look()

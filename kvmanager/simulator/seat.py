@@ -1,0 +1,117 @@
+"""Seat: a scheduler in the simulated system. It draws its commands by the same `operations` as a day does, from what is its own.
+
+What it knows of its sequences is read from the model, as if every reply had come at once: a real scheduler knows no more, and one that
+knows less would ask for less. Whatever changes between drawing a command and its arrival, the manager has to cope with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvmanager.commands import Command, Step, command_to_wire
+from kvmanager.errors import KVError
+from kvmanager.simulator.books import PAGE, Move, Text
+from kvmanager.simulator.caller import Caller
+from kvmanager.simulator.model import Model
+from kvmanager.simulator.registry import ACTIONS, DRAWS
+from kvmanager.simulator.world import World
+
+__all__ = ["Seat"]
+
+
+class View:
+    """The model as one client sees it: its own sequences and handoffs."""
+
+    def __init__(self, model: Model, seat: Seat) -> None:
+        self._model, self._seat = model, seat
+
+    @property
+    def texts(self) -> dict[int, Text]:
+        client = self._seat.caller.client
+        return {sequence: text for sequence, text in self._model.texts.items() if text.owner == client}
+
+    @property
+    def moves(self) -> dict[int, Move]:
+        texts = self.texts
+        return {handoff: move for handoff, move in self._model.moves.items() if move.sequence in texts}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class Seat:
+    """The `driver` that operations draw for.
+
+    order    passes a step on to the workers that are to run it
+    heir_of  clients that died in this place: it closes what they have left
+    """
+
+    def __init__(
+        self,
+        world: World,
+        model: Model,
+        caller: Caller,
+        order: Callable[[int, str], None],
+        of_the_day: dict[str, Any],
+        heir_of: tuple[int, ...],
+    ) -> None:
+        self.world, self.caller, self.heir_of = world, caller, heir_of
+        self.rng = world.rng
+        self.config = model.config
+        self.books = model
+        self.model: Any = View(model, self)
+        self.of_the_day = of_the_day
+        self.documents: list[list[int]] = of_the_day["documents"]
+        self.last_grow: tuple[list[int], list[int]] = ([], [])
+        self.healing = False
+        self._order = order
+        self._weights = [30.0, *(self.drawn(f"rate of {each.name}", *each.rates) for each in self._actions())]
+        self._think()
+
+    @staticmethod
+    def _actions() -> list[Any]:
+        return [each for each in ACTIONS if not each.plays_workers]
+
+    def drawn(self, name: str, *choices: Any) -> Any:
+        if name not in self.of_the_day:
+            self.of_the_day[name] = self.rng.choice(choices)
+        return self.of_the_day[name]
+
+    def _think(self) -> None:
+        if self.caller.alive:
+            self.world.after(int(self.rng.random() * self.drawn("think", 2_000, 8_000)), self._act)
+
+    def _act(self) -> None:
+        if not self.caller.alive:
+            return
+        orphans = [sequence for sequence, text in self.books.texts.items() if text.owner in self.heir_of]
+        if self.healing:
+            if self.model.texts or orphans:
+                self.send(Step(close=[*self.model.texts, *orphans]))
+        elif orphans and self.rng.random() < 0.1:
+            self.send(Step(close=orphans))
+        else:
+            self.rng.choices([Seat.step, *(each.call for each in self._actions())], self._weights)[0](self)
+        if self.caller.idle:
+            self._think()
+
+    def step(self) -> None:
+        fields: dict[str, Any] = {}
+        for draw in DRAWS:
+            fields.update(draw(self))
+        self.send(Step(**fields))
+
+    def send(self, command: Command, client: int = 0) -> None:
+        """Ask, and go on when the reply has come."""
+        self.caller.ask(command_to_wire(command), self._answered)
+
+    def _answered(self, reply: dict[str, Any] | KVError) -> None:
+        if not isinstance(reply, KVError):
+            self._order(reply["version"], self.caller.name)
+        self._think()
+
+
+def draw_documents(rng: Any) -> list[list[int]]:
+    """What prompts begin with: two texts of few letters, so that prompts agree for a while and then don't."""
+    return [[rng.choice((1, 2)) for _ in range(6 * PAGE)] for _ in range(2)]

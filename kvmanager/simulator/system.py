@@ -1,0 +1,209 @@
+"""System: a whole deployment in one thread. A manager, its clients and workers, the network between them, and whoever restarts them.
+
+faulty phase   faults as drawn from the seed, pools near full, until so many commands have been executed
+healing        faults are over, everybody who was stopped or killed comes back, clients close what they have
+at rest        every sequence has ended, every page is free or cached, every replica stands where the manager stands
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+from kvmanager.commands import Command, WorkerGone, command_to_wire
+from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.errors import KVError
+from kvmanager.events import EventBatch, WorkerJoined
+from kvmanager.simulator import operations  # noqa: F401 - for what they register
+from kvmanager.simulator.body import Body
+from kvmanager.simulator.books import PAGE, Broken
+from kvmanager.simulator.caller import Caller
+from kvmanager.simulator.faults import FAULTS, Faults
+from kvmanager.simulator.host import Host
+from kvmanager.simulator.model import Model
+from kvmanager.simulator.seat import Seat, draw_documents
+from kvmanager.simulator.watch import Watch
+from kvmanager.simulator.world import Network, World
+from kvmanager.snapshot import state_digest
+
+__all__ = ["System", "simulate"]
+
+LEASE_MS = 1000
+LIFE_US = 10_000  # how often fate looks at each process
+WATCH_OVER_US = 100_000
+HEAL_US = 60_000_000  # by then everybody must have come to rest
+SUPERVISOR = 2
+
+
+class System:
+    def __init__(self, seed: int, faults: tuple[str, ...] = tuple(FAULTS)) -> None:
+        self.seed = seed
+        self.world = World(seed, Faults(seed, faults))
+        self.rng = rng = self.world.rng
+        self.network = Network(self.world)
+        self.config = draw_config(rng)
+        self.model = Model(self.config)
+        self.watch = Watch(self.model)
+        self.host = Host(self.world, self.network, self.config, self._saw)
+        self.watch.attach(self.host.manager)
+        self.bodies: dict[tuple[int, int], Body] = {}  # by pool and rank
+        self.by_client: dict[int, Body] = {}
+        self.by_worker: dict[int, Body] = {}
+        self.next_client = 100
+        self.supervisor = Caller(self.world, self.network, SUPERVISOR, "supervisor", self.host.serve)
+        self.of_the_day: dict[str, Any] = {"documents": draw_documents(rng)}
+        self.seats: list[Seat] = []
+        self.deaths = 0
+        self._reporting: dict[int, None] = {}
+        for number, pool in enumerate(self.config.pools):
+            for rank in range(pool.workers):
+                self._start_body(number, rank)
+        for number in range(rng.choice((1, 2, 3))):
+            self._start_seat(number)
+        self._watch_over()
+        self._fate()
+
+    # --- processes ---
+
+    def _new_client(self) -> int:
+        self.next_client += 1
+        return self.next_client
+
+    def _start_body(self, pool: int, rank: int) -> None:
+        body = Body(self.world, self.network, self.model, pool, rank, self._new_client(), self.host.serve)
+        body.digest_at = self.watch.digest_at
+        before = self.bodies.get((pool, rank))
+        if before is not None:
+            self.host.subscribers.pop(before.caller.name, None)
+        self.bodies[pool, rank] = self.by_client[body.caller.client] = body
+        self.host.subscribers[body.caller.name] = body.published
+
+    def _start_seat(self, number: int) -> None:
+        client = self._new_client()
+        caller = Caller(self.world, self.network, client, f"client{number}.{client}", self.host.serve)
+        heir_of = tuple(each for seat in self.seats[number : number + 1] for each in (*seat.heir_of, seat.caller.client))
+        seat = Seat(self.world, self.model, caller, self._order, self.of_the_day, heir_of)
+        self.seats[number : number + 1] = [seat]
+
+    def _order(self, version: int, link: str) -> None:
+        """A scheduler tells the workers to run what it asked for; twice, because nobody confirms."""
+        pools: dict[int, list[int]] = {}
+        for sequence, pool in self.watch.starts.get(version, {}).items():
+            pools.setdefault(pool, []).append(sequence)
+        for (pool, _), body in self.bodies.items():
+            if pool in pools:
+                for _ in range(2):
+                    self.network.send(link, body.caller.name, body.order, version, pools[pool])
+
+    def _saw(self, batch: EventBatch, data: bytes, command: Command, client: int) -> None:
+        self.watch.saw(batch, data, command, client)
+        for event in batch.events:
+            if isinstance(event, WorkerJoined):
+                self.by_worker[event.worker] = self.by_client[client]
+
+    # --- fate, and who watches over the processes ---
+
+    def _fate(self) -> None:
+        rng, happens = self.rng, self.world.faults.happens
+        for body in self.bodies.values():
+            if body.alive and happens("kill", rng):
+                self.deaths += 1
+                body.kill()
+            elif body.alive and not body.stopped and happens("stop", rng):
+                body.stop()
+                self.world.after(int(rng.random() * 3 * LEASE_MS * 1000), self._resume, body)
+        for number, seat in enumerate(self.seats):
+            if happens("leave", rng):
+                seat.caller.die()
+                self._start_seat(number)
+        self.world.after(LIFE_US, self._fate)
+
+    def _resume(self, body: Body) -> None:
+        if body.stopped:
+            body.resume()
+
+    def _watch_over(self) -> None:
+        """Reap the dead and start their successors. Only a process that has ended is reported as gone."""
+        for worker in list(self.model.workers.values()):
+            body = self.by_worker[worker.worker]
+            if worker.fenced and body.alive and body.stopped and self.rng.random() < 0.05:
+                body.kill()
+            if not body.alive and worker.worker not in self._reporting:
+                self._reporting[worker.worker] = None
+                self.supervisor.ask(command_to_wire(WorkerGone(worker.worker)), partial(self._reported, worker.worker))
+        for (pool, rank), body in list(self.bodies.items()):
+            if not body.alive and self.rng.random() < 0.5:
+                self._start_body(pool, rank)
+        self.world.after(WATCH_OVER_US, self._watch_over)
+
+    def _reported(self, worker: int, reply: dict[str, Any] | KVError) -> None:
+        del self._reporting[worker]
+
+    # --- a run ---
+
+    def run(self, steps: int) -> None:
+        self.world.run(lambda: self.watch.commands >= steps, until_us=1 << 62)
+
+    def heal(self) -> None:
+        """Faults are over. Raises Broken if anything is left after a bounded time."""
+        self.world.faults.healed = True
+        for body in self.bodies.values():
+            self._resume(body)
+        for seat in self.seats:
+            seat.healing = True
+        if not self.world.run(self.at_rest, self.world.now_us + HEAL_US):
+            raise Broken(f"not at rest {HEAL_US // 1_000_000} s after the last fault: {self.unrest()}")
+        self.watch.check_all()
+
+    def unrest(self) -> str:
+        """What is still going on, in words; empty at rest."""
+        state = self.host.manager.state
+        if state.sequences:
+            return f"open sequences {list(state.sequences)[:8]}"
+        if state.handoffs:
+            return f"handoffs {list(state.handoffs)[:8]}"
+        for pool in state.pools:
+            counts = pool.counts()
+            if counts.free + counts.cached != counts.total:
+                return f"pool {pool.name}: {counts}"
+            if len(state.live_workers(pool.index)) < pool.workers_expected or len(state.pool_workers[pool.index]) > pool.workers_expected:
+                return f"pool {pool.name}: workers {state.pool_workers[pool.index]}, expected {pool.workers_expected}"
+        for body in self.bodies.values():
+            if (body.replica.epoch, body.replica.version) != (state.epoch, state.version):
+                return f"{body.name} at {body.replica.epoch}:{body.replica.version}, the manager at {state.epoch}:{state.version}"
+            if body.replica.tables.digest() != state.tables.digest():
+                return f"{body.name}: tables differ from the manager's"
+        return ""
+
+    def at_rest(self) -> bool:
+        return not self.unrest()
+
+    def digest(self) -> str:
+        """Of everything that was published and of the state it led to."""
+        history = self.watch.history.copy()
+        history.update(state_digest(self.host.manager.state).encode())
+        return history.hexdigest()
+
+
+def draw_config(rng: random.Random) -> ManagerConfig:
+    """Few pages, so that pools are nearly full all the time; sometimes one that is larger."""
+    pools = tuple(
+        PoolConfig(name, rng.choice((5, 8, 12, 12, 40)), page_size=PAGE, workers=rng.choice((1, 1, 2)))
+        for name in ("A", "B", "C")[: rng.choice((1, 2, 2, 3))]
+    )
+    return ManagerConfig(
+        pools=pools, sequences_max=rng.choice((5, 8, 12, 24)), handoffs_max=rng.choice((2, 6)), clients_max=64, lease_ms=LEASE_MS
+    )
+
+
+def simulate(seed: int, steps: int, faults: tuple[str, ...] = tuple(FAULTS)) -> System:
+    """A whole run. An error names the seed and the step that found it."""
+    system = System(seed, faults)
+    try:
+        system.run(steps)
+        system.heal()
+    except Exception as error:
+        error.add_note(f"seed {seed}, step {system.watch.commands} of {steps}, {system.world.now_us / 1e6:.3f} s")
+        raise
+    return system
