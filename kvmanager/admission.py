@@ -9,8 +9,8 @@ import numpy as np
 from kvmanager import events as ev
 from kvmanager.commands import Open
 from kvmanager.draft import Draft
-from kvmanager.errors import InvalidValue, KVError, OutOfPages, PoolNotReady, SequenceTooLarge, TooMany, Unknown
-from kvmanager.placement import Look, in_order, look, pages_wanted
+from kvmanager.errors import InvalidValue, KVError, OutOfPages, PoolNotReady, PrefixPending, SequenceTooLarge, TooMany, Unknown
+from kvmanager.placement import Look, in_order, look, pages_wanted, place_of
 from kvmanager.pool import Pool
 from kvmanager.sequences import SLOT_BITS
 from kvmanager.state import encode_namespace
@@ -26,10 +26,11 @@ def check_ready(draft: Draft, pool: Pool) -> None:
         raise PoolNotReady(pool.name, pool.workers_expected, len(live), fenced)
 
 
-def admit(draft: Draft, command: Open, client: int) -> list[Any]:
+def admit(draft: Draft, command: Open, client: int, now_ms: int) -> list[Any]:
     """Open a prompt in its pool, or in the best pool of its group: [sequence id, cached tokens, length, pool name].
 
-    If no pool of a group can, the refusal is the one that is soonest over: out of pages, then not ready, then too large.
+    If no pool of a group can, the refusal is the one that is soonest over: out of pages, then not ready, then too large. A prompt whose
+    next page is being computed in the pool that it would go to is refused with PrefixPending, and takes nothing.
     """
     state = draft.state
     count = len(command.tokens)
@@ -39,8 +40,13 @@ def admit(draft: Draft, command: Open, client: int) -> list[Any]:
     if not len(draft.slots):
         raise TooMany("sequences", state.config.sequences_max)
     namespace, data = encode_namespace(command.tenant, command.extra), command.tokens.tobytes()
-    looks = in_order(draft, [look(draft, pool, namespace, data, command) for pool in pools])
-    return _take(draft, command, client, namespace, _choose(draft, command, looks))
+    looks = in_order(draft, [look(draft, pool, namespace, data, command, now_ms) for pool in pools])
+    chosen = _choose(draft, command, looks)
+    if chosen.computing:
+        raise PrefixPending(chosen.pool.name, chosen.computing, chosen.expected)
+    sequence_id = (state.next_generation + draft.opened) << SLOT_BITS | draft.slots.pop(1)[0]
+    draft.flying.setdefault(place_of(chosen, namespace, data), (sequence_id, data))
+    return _take(draft, command, client, namespace, chosen, sequence_id)
 
 
 def _suitable(draft: Draft, command: Open, count: int) -> list[Pool]:
@@ -74,13 +80,17 @@ def _suitable(draft: Draft, command: Open, count: int) -> list[Pool]:
 
 
 def _choose(draft: Draft, command: Open, looks: list[Look]) -> Look:
-    """The first pool with room for the whole prompt, or else for the chunk that is to be reserved now. Raises OutOfPages."""
+    """The first pool with room for the whole prompt, or else for what it takes now: nothing if it waits. Raises OutOfPages."""
     count = len(command.tokens)
-    for whole in (True, False) if len(looks) > 1 else (False,):
+    if len(looks) > 1:
         for item in looks:
-            wanted = pages_wanted(item, count if whole else min(item.cached + command.chunk, count))
+            wanted = pages_wanted(item, count) - item.expected // item.pool.page_size
             if _room(draft, item, wanted) >= wanted:
                 return item
+    for item in looks:
+        wanted = pages_wanted(item, min(item.cached + command.chunk, count))
+        if item.computing or _room(draft, item, wanted) >= wanted:
+            return item
     best = looks[0]
     wanted = pages_wanted(best, min(best.cached + command.chunk, count))
     raise OutOfPages(best.pool.name, wanted, _room(draft, best, wanted), best.pool.quarantined)
@@ -95,13 +105,12 @@ def _room(draft: Draft, item: Look, wanted: int) -> int:
     return room
 
 
-def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Look) -> list[Any]:
+def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Look, sequence_id: int) -> list[Any]:
     count, pool, cached = len(command.tokens), chosen.pool, chosen.found.pages()
     pages = draft.pool(pool.index)
     pages.pin(chosen.found.nodes)
     length = min(chosen.cached + command.chunk, count)
     fresh = pages.take(pages_wanted(chosen, length))
-    sequence_id = (draft.state.next_generation + draft.opened) << SLOT_BITS | draft.slots.pop(1)[0]
     draft.opened += 1
     draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) + count
     as_arrays = np.array(cached, np.int32), np.array(fresh, np.int32)

@@ -102,6 +102,12 @@ def _note_publishable(state: State, sequence: Sequence) -> None:
         publishable.pop(sequence.sequence_id, None)
 
 
+def _note_place(state: State, sequence: Sequence) -> None:
+    """Its indexed pages end elsewhere, or more of its tokens are known: others may wait for another page of it now."""
+    pool = state.pools[sequence.pool]
+    pool.inflight.note(sequence, pool.prefix.page_bytes, state.now_ms)
+
+
 def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     pool = state.pools[event.pool]
     tokens = event.tokens.astype("<i4").tobytes()
@@ -121,6 +127,7 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
     state.sequences[event.sequence] = sequence
     pool.load += len(event.tokens)
+    _note_place(state, sequence)
 
 
 def _sequences_grown(state: State, event: ev.SequencesGrown) -> None:
@@ -142,6 +149,7 @@ def _tokens_appended(state: State, event: ev.TokensAppended) -> None:
     sequence.tokens += event.tokens.astype("<i4").tobytes()
     state.pools[sequence.pool].load += len(event.tokens)
     _note_publishable(state, sequence)
+    _note_place(state, sequence)
 
 
 def _pages_published(state: State, event: ev.PagesPublished) -> None:
@@ -160,6 +168,7 @@ def _pages_published(state: State, event: ev.PagesPublished) -> None:
         pool.put_in_quarantine(state.version, pool.unshare([old for old, _ in swapped]))
         state.tables.swap(event.sequence, event.first, event.pages)
     _note_publishable(state, sequence)
+    _note_place(state, sequence)
 
 
 def _let_go(state: State, pool: Pool, pages: list[int], indexed: int, node: Node | None) -> None:
@@ -177,6 +186,7 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     pool.prefix.leave(sequence.namespace)
     pool.load -= len(sequence.tokens) // TOKEN_BYTES
     pool.publishable.pop(event.sequence, None)
+    pool.inflight.forget(event.sequence)
     state.tables.close(event.sequence)
     state.free_slots.append(slot_of(event.sequence))
     if event.reason == 1:
@@ -274,6 +284,7 @@ def _handoff_resident(state: State, event: ev.HandoffResident) -> None:
     _let_go(state, source, state.tables.pages_of(handoff.sequence_id).tolist(), sequence.published, sequence.node)
     source.prefix.leave(sequence.namespace)  # the target's namespace was entered at `moving`
     source.publishable.pop(sequence.sequence_id, None)
+    source.inflight.forget(sequence.sequence_id)
     source.load -= len(sequence.tokens) // TOKEN_BYTES
     target.load += len(sequence.tokens) // TOKEN_BYTES
     state.tables.place(sequence.sequence_id, handoff.target, handoff.length, np.array(handoff.target_pages, np.int32))
@@ -283,6 +294,7 @@ def _handoff_resident(state: State, event: ev.HandoffResident) -> None:
     sequence.written = dict.fromkeys(handoff.pulled, handoff.length)
     sequence.handoff, sequence.sealed = 0, False
     _note_publishable(state, sequence)
+    _note_place(state, sequence)
     _tell(state, handoff.owner, Notice("resident", handoff.sequence_id, event.handoff, target.name))
 
 
@@ -401,6 +413,12 @@ def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Rest
     pool.load += len(event.tokens) // TOKEN_BYTES
 
 
+def _in_flight_restored(state: State, event: ev.InFlightRestored, _: Restoring) -> None:
+    pool = state.pools[event.pool]
+    for sequence_id, since_ms in zip(event.sequences.tolist(), event.since_ms.tolist(), strict=True):
+        pool.inflight.note(state.sequences[sequence_id], pool.prefix.page_bytes, since_ms)
+
+
 def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restoring) -> None:
     handoff = Handoff(
         event.handoff,
@@ -472,6 +490,7 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.NodeRestored: _node_restored,
     ev.LruRestored: _lru_restored,
     ev.SequenceRestored: _sequence_restored,
+    ev.InFlightRestored: _in_flight_restored,
     ev.HandoffRestored: _handoff_restored,
     ev.ClientRestored: _client_restored,
     ev.LivesRestored: lives.lives_restored,

@@ -93,6 +93,7 @@ class Open:
     extra    whatever else must be equal to share, such as a LoRA id or an image hash (at most 256 bytes)
     chunk    slots to reserve at once beyond the cached tokens, capped at the rest of the prompt; 0 reserves none
     group    any ready pool of this group, by the longest match and the least load (see `placement`); instead of a pool
+    wait     if another sequence is computing pages of this prompt already, refuse with PrefixPending instead of computing them again
 
     At least the prompt's last token is never taken from the cache: somebody has to compute its logits.
     """
@@ -103,6 +104,7 @@ class Open:
     extra: bytes = b""
     chunk: int = 0
     group: str = ""
+    wait: bool = True
 
     def __post_init__(self) -> None:
         tokens = as_tokens("open.tokens", self.tokens)
@@ -118,6 +120,8 @@ class Open:
         object.__setattr__(self, "tenant", _check_bytes("open.tenant", self.tenant, TENANT_BYTES_MAX))
         object.__setattr__(self, "extra", _check_bytes("open.extra", self.extra, TENANT_BYTES_MAX))
         check_int("open.chunk", self.chunk, 0, 1 << 24)
+        if not isinstance(self.wait, bool):
+            raise InvalidValue("open.wait", "true or false", repr(self.wait)[:80])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -69,6 +69,9 @@ class ManagerConfig:
     lease_ms             a worker that does not acknowledge for this long is fenced
     heartbeat_ms         an idle publisher says where it stands this often
     log_bytes_max        end of the log that is kept in memory, for replicas that missed something
+    inflight_wait_ms     a prompt waits for pages that another sequence computes while that puts a page into the index at least this
+                         often; 0: nobody ever waits
+    inflight_tokens_min  and only for at least so many tokens
     placement            how an open that names a group gets its pool: "prefix" by match and load (see placement), or "round_robin"
     placement_match_weight, placement_load_weight   of a cached token and of a token of load, in 0..1,000,000
     """
@@ -84,6 +87,8 @@ class ManagerConfig:
     lease_ms: int = 10_000
     heartbeat_ms: int = 200
     log_bytes_max: int = 4 << 20
+    inflight_wait_ms: int = 2_000
+    inflight_tokens_min: int = 1
     placement: str = "prefix"
     placement_match_weight: int = 1
     placement_load_weight: int = 1
@@ -108,6 +113,8 @@ class ManagerConfig:
         check_int("lease_ms", self.lease_ms, 10, 86_400_000)
         check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)
         check_int("log_bytes_max", self.log_bytes_max, 0, 1 << 30)
+        check_int("inflight_wait_ms", self.inflight_wait_ms, 0, 86_400_000)
+        check_int("inflight_tokens_min", self.inflight_tokens_min, 1, 1 << 24)
         if self.placement not in PLACEMENTS:
             raise InvalidValue("placement", f"one of {', '.join(PLACEMENTS)}", repr(self.placement)[:80])
         check_int("placement_match_weight", self.placement_match_weight, 0, 1_000_000)

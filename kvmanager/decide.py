@@ -182,7 +182,7 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
     if len(command.grow):
         _grow(draft, command, refused)
     if command.opens:
-        reply["opened"] = [attempt("open", index, admit, item, client) for index, item in enumerate(command.opens)]
+        reply["opened"] = [attempt("open", index, admit, item, client, now_ms) for index, item in enumerate(command.opens)]
     if refused:
         reply["refused"] = refused
     return reply
@@ -208,6 +208,8 @@ def _append_tokens(draft: Draft, sequence_id: int, tokens: np.ndarray) -> None:
     if known + len(tokens) > limit:
         raise InvalidValue("step.tokens", f"at most {limit} tokens a sequence", known + len(tokens))
     draft.appended[sequence_id] = draft.appended.get(sequence_id, 0) + len(tokens)
+    pool = draft.state.sequences[sequence_id].pool
+    draft.load_change[pool] = draft.load_change.get(pool, 0) + len(tokens)
     draft.events.append(ev.TokensAppended(sequence_id, tokens))
 
 

@@ -126,6 +126,7 @@ class Draft:
         self.written: dict[int, dict[int, int]] = {}  # sequence -> worker -> tokens
         self.appended: dict[int, int] = {}  # sequence -> token ids that become known
         self.opened = 0
+        self.flying: dict[Any, tuple[int, bytes]] = {}  # place of a page in the index -> the sequence opened to compute it, its prompt
         self.load_change: dict[int, int] = {}  # pool -> tokens
         self.closed: dict[int, None] = {}
         self.grown: dict[int, None] = {}

@@ -22,6 +22,7 @@ __all__ = [
     "ManagerUnreachable",
     "OutOfPages",
     "PoolNotReady",
+    "PrefixPending",
     "ReplicaGap",
     "SequenceTooLarge",
     "StaleEpoch",
@@ -93,6 +94,24 @@ class OutOfPages(KVError):
             needed=needed,
             free=free,
             quarantined=quarantined,
+        )
+
+
+class PrefixPending(KVError):
+    """Not an error but a hint to come again: `sequence` is computing `tokens` tokens of this prompt that could be shared soon.
+
+    Nothing was taken. Ask again at the next step: the refusal ends by itself, when the tokens are there, or when the sequence ends or
+    makes no progress for `inflight_wait_ms`. An open with wait=False is never refused with it, and computes the tokens again.
+    """
+
+    code = "prefix_pending"
+
+    def __init__(self, pool: str, sequence: int, tokens: int) -> None:
+        super().__init__(
+            f"pool {pool}: {tokens} more tokens of this prompt are being computed by sequence {sequence}; ask again, or do not wait",
+            pool=pool,
+            sequence=sequence,
+            tokens=tokens,
         )
 
 
@@ -219,6 +238,7 @@ _BY_CODE: dict[str, type[KVError]] = {
         Unknown,
         WrongState,
         OutOfPages,
+        PrefixPending,
         SequenceTooLarge,
         TooMany,
         PoolNotReady,

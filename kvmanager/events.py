@@ -244,6 +244,14 @@ class LruRestored(NamedTuple):
     nodes: Ints64
 
 
+class InFlightRestored(NamedTuple):
+    """Sequences that hold a place in the pool's books of what is in flight, ascending, and when each came to it."""
+
+    pool: int
+    sequences: Ints64
+    since_ms: Ints64
+
+
 class SequenceRestored(NamedTuple):
     sequence: int
     owner: int
@@ -345,6 +353,7 @@ EVENTS: tuple[type, ...] = (
     ClientRestored,
     EpochBegun,
     LivesRestored,
+    InFlightRestored,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

@@ -43,6 +43,14 @@ def check_invariants(state: State) -> None:
         load = sum(len(each.tokens) // TOKEN_BYTES for each in state.sequences.values() if each.pool == pool.index)
         if load != pool.load:
             _fail(pool.name, f"load {pool.load}, known tokens {load}")
+        if len(pool.inflight.first) != len(pool.inflight.flights):
+            _fail(pool.name, f"in flight: {len(pool.inflight.first)} places for {len(pool.inflight.flights)} sequences")
+        for sequence_id, flight in pool.inflight.flights.items():
+            holder, step = state.sequences.get(sequence_id), pool.prefix.page_bytes
+            if holder is None or holder.pool != pool.index or pool.inflight.first.get(flight.place) != sequence_id:
+                _fail(pool.name, f"in flight: sequence {sequence_id} holds a place and is not there")
+            elif flight.place != (holder.node, bytes(holder.tokens[holder.published * step : (holder.published + 1) * step])):
+                _fail(pool.name, f"in flight: sequence {sequence_id} is not where its indexed pages end")
         refs = np.zeros(pool.num_pages, np.int64)
         for page, count in owners.items():
             refs[page] = count

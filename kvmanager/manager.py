@@ -132,9 +132,22 @@ class Surface:
                 raise error_from_wire(*error)
         return reply
 
-    def open(self, tokens: Tokens, pool: str = "", *, tenant: bytes = b"", extra: bytes = b"", chunk: int = 0, group: str = "") -> Opened:
-        """Open one sequence; see `commands.Open`. Raises OutOfPages, SequenceTooLarge, PoolNotReady, Unknown (pool, group), TooMany."""
-        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group),)))
+    def open(
+        self,
+        tokens: Tokens,
+        pool: str = "",
+        *,
+        tenant: bytes = b"",
+        extra: bytes = b"",
+        chunk: int = 0,
+        group: str = "",
+        wait: bool = True,
+    ) -> Opened:
+        """Open one sequence; see `commands.Open`.
+
+        Raises OutOfPages, PrefixPending, SequenceTooLarge, PoolNotReady, Unknown (pool, group), TooMany.
+        """
+        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group, wait),)))
         return Opened(*reply["opened"][0])
 
     def grow(self, sequence: int, count: int = 1) -> int:

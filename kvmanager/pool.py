@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvmanager.errors import InvariantBroken
+from kvmanager.inflight import InFlight
 from kvmanager.prefix import PrefixIndex
 
 __all__ = ["Pool", "PoolCounts", "Quarantined"]
@@ -56,6 +57,7 @@ class Pool:
         self.next_serial = 1
         self.quarantined = 0
         self.prefix = PrefixIndex(page_size)
+        self.inflight = InFlight()
         self.publishable: dict[int, None] = {}  # sequences with acknowledged pages that are not in the index yet
 
     def counts(self) -> PoolCounts:

@@ -35,6 +35,9 @@ STATE_MACHINE = {
         "invariants",
         "lives",
         "queries",
+        "admission",
+        "placement",
+        "inflight",
     )
 }
 OUTSIDE_WORLD = {

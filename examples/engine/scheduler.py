@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvmanager import KVClient, Notice, Open, StepReply
-from kvmanager.errors import OutOfPages, PoolNotReady, SequenceTooLarge, Unknown
+from kvmanager.errors import OutOfPages, PoolNotReady, PrefixPending, SequenceTooLarge, Unknown
 from kvmanager.examples.engine.channel import SchedulerChannel
 from kvmanager.examples.engine.request import Request, Stage
 
@@ -95,7 +95,7 @@ class Scheduler:
         self._by_sequence: dict[int, Request] = {}
         self._by_handoff: dict[int, Request] = {}  # until its pull is reported: the manager may tell of it first
         self._to_close: list[int] = []
-        self._starved = False  # somebody waits for pages that an acknowledgement will free: nobody will call
+        self._starved = False  # somebody waits for pages that an acknowledgement will free or fill: nobody will call
         self._fetch = False  # the manager has news for us
         self._hurry = False  # something changed that the next turn should act on without waiting
         self._stepped_at = 0.0
@@ -336,7 +336,7 @@ class Scheduler:
                     request.cached_tokens = opened.cached_tokens
                 self._by_sequence[opened.sequence] = request
                 items.setdefault(request.pool, []).append(self._item(request, opened.length))
-            elif isinstance(error, (OutOfPages, PoolNotReady)):
+            elif isinstance(error, (OutOfPages, PoolNotReady, PrefixPending)):
                 if isinstance(error, PoolNotReady):
                     self.supervisor.kill(request.pool)
                 request.pool = ""

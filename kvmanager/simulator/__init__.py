@@ -14,6 +14,7 @@ To add an operation, write `operations/<noun>.py`, name it in `operations/__init
                                                           `driver.send(command, client)`; the numbers are the rates a day draws from
     @follows(ev.SomeEvent)    def f(model, event, turn)   what the event does to the books, and `demand(condition, text)` for what must
                                                           hold at it. `turn` has the command, its client and the reply
+    @refused(code)            def f(model, item, details, turn)   the same for an open that was refused with this code
 
 For pages use `model.take` (handed out: nobody may own, find, read or write them), `model.let_go` (after the books forgot the owner),
 `model.check_content` (every worker holds these stamps); a new kind of owner belongs in `Model.owners`. What workers have to write is

@@ -24,7 +24,7 @@ from kvmanager.manager import KVManager, new_state
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
-from kvmanager.simulator.registry import ACTIONS, DRAWS
+from kvmanager.simulator.registry import ACTIONS, DRAWS, REFUSALS
 from kvmanager.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.state import State
 
@@ -45,7 +45,15 @@ class Driver:
             PoolConfig(name, rng.randint(5, 12), page_size=PAGE, workers=rng.choice((1, 2)))
             for name in ("A", "B", "C")[: rng.choice((2, 2, 3))]
         )
-        self.config = ManagerConfig(pools=pools, sequences_max=rng.choice((5, 8, 12)), handoffs_max=rng.choice((2, 6)), lease_ms=LEASE_MS)
+        self.config = ManagerConfig(
+            pools=pools,
+            sequences_max=rng.choice((5, 8, 12)),
+            handoffs_max=rng.choice((2, 6)),
+            lease_ms=LEASE_MS,
+            inflight_wait_ms=rng.choice((0, 20, 2000)),
+            placement=rng.choice(("prefix", "prefix", "round_robin")),
+            placement_load_weight=rng.choice((0, 1, 3)),
+        )
         self.now = 1000
         self.manager = KVManager(self.config, clock=lambda: self.now, checked=True)
         self.received: list[tuple[ev.EventBatch, bytes]] = []
@@ -112,8 +120,10 @@ class Driver:
         self.model.read(batch, turn)
         self.model.compare(self.manager.state)
         self.delivered.setdefault(client, []).extend(tuple(notice[:3]) for notice in reply.get("notices", []))
-        for _, _, code, *_ in reply.get("refused", []):
+        for kind, index, code, _, details in reply.get("refused", []):
             self.errors[code] += 1
+            if kind == "open" and code in REFUSALS and isinstance(command, Step):
+                REFUSALS[code](self.model, command.opens[index], details, turn)
         self.last_sent = command, client, number, data
         return reply
 

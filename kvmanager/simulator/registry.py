@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["ACTIONS", "DRAWS", "FOLLOWERS", "Action", "action", "draws", "follows"]
+__all__ = ["ACTIONS", "DRAWS", "FOLLOWERS", "REFUSALS", "Action", "action", "draws", "follows", "refused"]
 
 
 class Action(NamedTuple):
@@ -20,6 +20,7 @@ class Action(NamedTuple):
 ACTIONS: list[Action] = []
 DRAWS: list[Callable[[Any], dict[str, Any]]] = []
 FOLLOWERS: dict[type, Callable[[Any, Any, Any], None]] = {}
+REFUSALS: dict[str, Callable[[Any, Any, dict[str, Any], Any], None]] = {}
 
 
 def action(*rates: float, plays_workers: bool = False) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
@@ -46,6 +47,16 @@ def follows(event: type) -> Callable[[Callable[[Any, Any, Any], None]], Callable
 
     def register(call: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
         FOLLOWERS[event] = call
+        return call
+
+    return register
+
+
+def refused(code: str) -> Callable[[Callable[[Any, Any, dict[str, Any], Any], None]], Callable[[Any, Any, dict[str, Any], Any], None]]:
+    """`call(model, item, details, turn)` demands what must hold where an item of a step (an Open, ...) was refused with this code."""
+
+    def register(call: Callable[[Any, Any, dict[str, Any], Any], None]) -> Callable[[Any, Any, dict[str, Any], Any], None]:
+        REFUSALS[code] = call
         return call
 
     return register

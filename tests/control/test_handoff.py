@@ -425,7 +425,7 @@ def test_handoff_there_and_back_meets_its_own_pages_again(make_rig: MakeRig) -> 
 def test_pages_of_a_moving_handoff_are_not_swapped_for_equal_ones(make_rig: MakeRig) -> None:
     """The puller was told ids; an equal copy that enters the index meanwhile must not take their place under it."""
     rig = make_rig(two_pools(target=8))
-    reply = rig.kv.step(opens=[Open(tokens(40), "A", chunk=40), Open(tokens(40), "A", chunk=40)])
+    reply = rig.kv.step(opens=[Open(tokens(40), "A", chunk=40), Open(tokens(40), "A", chunk=40, wait=False)])
     one, two = (each.sequence for each in reply.opened)
     handoff = rig.kv.hand_off(two, "B")
     rig.write(one, two)

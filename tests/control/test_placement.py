@@ -81,15 +81,15 @@ def test_where_no_pool_has_room_for_all_one_with_room_for_the_chunk_is_taken(mak
     opened = rig.kv.open(tokens(100), group="dp", chunk=16)
     assert (opened.pool, opened.length) == ("A", 16)
     with pytest.raises(OutOfPages, match="pool B: expected 2 free pages, got 1"):
-        rig.kv.open(tokens(100), group="dp", chunk=32)
+        rig.kv.open(tokens(100), group="dp", chunk=32, wait=False)
 
 
 def test_round_robin_takes_the_pools_in_turn_whatever_is_cached(make_rig: MakeRig) -> None:
     rig = make_rig(replace(CONFIG, placement="round_robin"))
     rig.kv.close(rig.prefilled(tokens(64), "A").sequence)
-    where = [rig.kv.open(tokens(70), group="dp").pool for _ in range(4)]
+    where = [rig.kv.open(tokens(70), group="dp", wait=False).pool for _ in range(4)]
     assert where == ["B", "C", "A", "B"]
-    reply = rig.kv.step(opens=[Open(tokens(70), group="dp")] * 3)
+    reply = rig.kv.step(opens=[Open(tokens(70), group="dp", wait=False)] * 3)
     assert [each.pool for each in reply.opened if each] == ["C", "A", "B"]
 
 

@@ -22,9 +22,9 @@ def test_page_is_invisible_until_every_worker_has_written_it(make_rig: MakeRig) 
     rig = make_rig(one_pool(workers=2))
     first, second = rig.workers["A"]
     opened = rig.kv.open(tokens(33), "A", chunk=33)
-    assert rig.kv.open(tokens(33), "A").cached_tokens == 0
+    assert rig.kv.open(tokens(33), "A", wait=False).cached_tokens == 0
     rig.write(opened.sequence, only=first)
-    assert rig.kv.open(tokens(33), "A").cached_tokens == 0
+    assert rig.kv.open(tokens(33), "A", wait=False).cached_tokens == 0
     rig.write(opened.sequence, only=second)
     found = rig.kv.open(tokens(33), "A")
     assert found.cached_tokens == 32
@@ -36,7 +36,7 @@ def test_partly_written_prompt_shares_its_written_pages_only(make_rig: MakeRig) 
     [worker] = rig.workers["A"]
     opened = rig.kv.open(tokens(48), "A", chunk=48)
     rig.kv.ack(worker, rig.version, ids=[opened.sequence], tokens=[31])
-    assert rig.kv.open(tokens(48), "A").cached_tokens == 16
+    assert rig.kv.open(tokens(48), "A", wait=False).cached_tokens == 16
     rig.kv.ack(worker, rig.version, ids=[opened.sequence], tokens=[32])
     assert rig.kv.open(tokens(48), "A").cached_tokens == 32
 
@@ -123,7 +123,7 @@ def test_pools_never_share(make_rig: MakeRig) -> None:
 
 def test_same_prompt_twice_at_once_becomes_one_copy_and_both_stay_valid(make_rig: MakeRig) -> None:
     rig = make_rig(one_pool())
-    reply = rig.kv.step(opens=[Open(tokens(40), "A", chunk=40), Open(tokens(40), "A", chunk=40)])
+    reply = rig.kv.step(opens=[Open(tokens(40), "A", chunk=40), Open(tokens(40), "A", chunk=40, wait=False)])
     one, two = (each.sequence for each in reply.opened)
     assert not set(rig.table(one)) & set(rig.table(two))
     rig.write(one, two)
@@ -150,7 +150,7 @@ def test_decoded_tokens_are_shared_once_their_ids_are_known(make_rig: MakeRig) -
     rig.write(opened.sequence)
     assert rig.kv.open(tokens(20), "A").cached_tokens == 0
     rig.kv.append_tokens(opened.sequence, tokens(5, 10))
-    assert rig.kv.open(tokens(20), "A").cached_tokens == 0
+    assert rig.kv.open(tokens(20), "A", wait=False).cached_tokens == 0
     rig.kv.append_tokens(opened.sequence, tokens(5, 15))
     rig.tick()
     assert rig.kv.open(tokens(20), "A").cached_tokens == 16

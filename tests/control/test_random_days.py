@@ -33,7 +33,7 @@ def test_the_days_were_eventful() -> None:
         "SequenceOpened SequencesGrown GrownAgain TokensAppended PagesPublished SequenceClosed PagesEvicted PagesReleased IndexDropped "
         "WorkerJoined WorkerAcked SequencesWritten WorkerFenced WorkerDead HandoffBegun HandoffSealed HandoffReserving HandoffMoving "
         "HandoffPulled HandoffResident HandoffAborted HandoffEnded ClientAnswered "
-        "cached deduplicated moving_shared aborted_prefilling aborted_reserving aborted_moving"
+        "placed waited cached deduplicated moving_shared aborted_prefilling aborted_reserving aborted_moving"
     )
     missing = [name for name in expected.split() if not _seen[name]]
     assert not missing, f"never happened: {missing}; seen: {_seen}"

@@ -51,7 +51,7 @@ def traffic(client: KVClient, count: int = 10, prompt: int = 20) -> list[int]:
     """Opens and grows; two versions each."""
     found = []
     for _ in range(count):
-        found.append(client.open([7] * prompt, "main", chunk=17).sequence)
+        found.append(client.open([7] * prompt, "main", chunk=17, wait=False).sequence)
         client.grow(found[-1])
     return found
 

@@ -51,7 +51,7 @@ class Rig:
 
     def open(self, count: int, pool: str = "main", first: int = 0) -> int:
         """A sequence with slots for its whole prompt: a step for the pool."""
-        return self.kv.open(list(range(first, first + count)), pool, chunk=count).sequence
+        return self.kv.open(list(range(first, first + count)), pool, chunk=count, wait=False).sequence
 
     def run(self, pool: str, *leave_out: int) -> None:
         """Run the step that the pool's replica stands at, for all of its sequences but some."""
@@ -102,7 +102,9 @@ def act(rig: Rig, rng: random.Random, held: list[int]) -> None:
     some = rng.sample(held, min(len(held), rng.randrange(1, 5)))
     if kind == "open":
         first = rng.choice([0, 0, 1000])  # prompts that share pages, computed at once or one after the other
-        opened = rig.kv.open(range(first, first + rng.randrange(1, 60)), rng.choice(["main", "other"]), chunk=rng.choice([0, PAGE, 60]))
+        opened = rig.kv.open(
+            range(first, first + rng.randrange(1, 60)), rng.choice(["main", "other"]), chunk=rng.choice([0, PAGE, 60]), wait=False
+        )
         held.append(opened.sequence)
     elif kind == "grow" and held:
         rig.kv.step(grow=some, grow_counts=[rng.choice([1, 1, PAGE + 1]) for _ in some] if rng.random() < 0.3 else None)
@@ -400,7 +402,7 @@ def test_sequence_that_a_step_left_out_is_never_reported_as_written(rig: Rig) ->
     assert rig.kv.state.sequences[whole].written == {rig.workers["main"]: 3 * PAGE}
     assert rig.kv.state.sequences[holed].written.get(rig.workers["main"], 0) == 0
     assert rig.kv.open(range(PAGE + 1), "main").cached_tokens == PAGE
-    assert rig.kv.open(range(1000, 1001 + PAGE), "main").cached_tokens == 0
+    assert rig.kv.open(range(1000, 1001 + PAGE), "main", wait=False).cached_tokens == 0
     assert main.renewal().ids == []
 
 

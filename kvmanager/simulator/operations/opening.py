@@ -8,7 +8,7 @@ from kvmanager import events as ev
 from kvmanager.commands import Open
 from kvmanager.simulator.books import PAGE, Text, Turn, demand
 from kvmanager.simulator.model import Model
-from kvmanager.simulator.registry import draws, follows
+from kvmanager.simulator.registry import draws, follows, refused
 
 
 @draws
@@ -29,22 +29,34 @@ def _prompt(driver: Any) -> list[int]:
 
 def _open(driver: Any) -> Open:
     rng = driver.rng
-    pool = rng.choice(driver.config.pools).name
+    pool = rng.choice(driver.config.pools).name if rng.random() < driver.drawn("opens that name a pool", 0.3, 0.7, 1) else ""
     chunk = rng.choice((0, 5, PAGE, 100, 100, 100))
-    return Open(_prompt(driver), pool, tenant=rng.choice((b"red", b"blue")), extra=rng.choice((b"",) * 7 + (b"lora",)), chunk=chunk)
+    tenant, extra = rng.choice((b"red", b"blue")), rng.choice((b"",) * 7 + (b"lora",))
+    return Open(_prompt(driver), pool, tenant, extra, chunk, "" if pool else "default", wait=rng.random() < 0.5)
+
+
+def _stamps(model: Model, asked: Open) -> list[int]:
+    stamp, stamps = model.stamps.root(asked.tenant, asked.extra), []
+    for token in asked.tokens.tolist():
+        stamps.append(stamp := model.stamps.after(stamp, token))
+    return stamps
 
 
 @follows(ev.SequenceOpened)
 def opened(model: Model, event: ev.SequenceOpened, turn: Turn) -> None:
     asked = turn.opened[event.sequence]
-    tokens = asked.tokens.tolist()
-    stamp, stamps = model.stamps.root(asked.tenant, asked.extra), []
-    for token in tokens:
-        stamps.append(stamp := model.stamps.after(stamp, token))
+    tokens, stamps = asked.tokens.tolist(), _stamps(model, asked)
     cached, fresh = event.cached.tolist(), event.fresh.tolist()
     run = model.indexed_run(turn.visible[event.pool], stamps, (len(tokens) - 1) // PAGE)
     demand(cached == run, f"open {event.sequence}: cached pages {cached}, the model finds {run}")
     model.check_content(event.pool, cached, stamps[: len(cached) * PAGE], f"open {event.sequence}")
+    _check_placed(model, event, asked, stamps, turn)
+    if asked.wait and model.config.inflight_wait_ms and len(run) < (len(tokens) - 1) // PAGE:
+        end = (len(run) + 1) * PAGE
+        for other in turn.opened:
+            text = model.texts.get(other)
+            same = text is not None and text.pool == event.pool and text.stamps[end - 1 : end] == stamps[end - 1 : end]
+            demand(not same, f"open {event.sequence}: computes what sequence {other} of the same step computes")
     model.take(event.pool, fresh, f"open {event.sequence}")
     text = Text(event.sequence, turn.client, event.pool, tokens, stamps, len(tokens), event.length, cached + fresh)
     demand(event.sequence not in model.texts, f"sequence id {event.sequence} given twice")
@@ -53,3 +65,51 @@ def opened(model: Model, event: ev.SequenceOpened, turn: Turn) -> None:
     model.seen["cached"] += bool(cached)
     if event.length > len(cached) * PAGE:
         turn.starts[event.sequence] = len(cached) * PAGE
+
+
+def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: list[int], turn: Turn) -> None:
+    """A pool of the group, and none that surely had room for the whole prompt would have been better."""
+    config = model.config
+    if asked.pool:
+        demand(config.pools[event.pool].name == asked.pool, f"open {event.sequence}: asked for {asked.pool}, got pool {event.pool}")
+        return
+    model.seen["placed"] += 1
+    if config.placement != "prefix" or (asked.wait and config.inflight_wait_ms):
+        return  # what is in flight where is not in these books
+
+    def score(pool: int) -> int:
+        run = model.indexed_run(turn.visible[pool], stamps, (len(stamps) - 1) // PAGE)
+        load = sum(text.known for text in model.texts.values() if text.pool == pool)
+        return config.placement_match_weight * len(run) * PAGE - config.placement_load_weight * load
+
+    for other, pool in enumerate(config.pools):
+        crew = model.crew(other, fenced=True)
+        if pool.group == asked.group and len(crew) == pool.workers and not any(worker.fenced for worker in crew):
+            acked, owners = min(worker.acked for worker in crew), model.owners(other)
+            indexed = {page for page, _ in model.index[other].values()}
+            free = [
+                page
+                for page in range(pool.num_pages)
+                if not owners[page] and page not in indexed and model.dropped[other].get(page, 0) <= acked
+            ]
+            if len(free) >= -(-len(stamps) // PAGE):
+                demand(score(other) <= score(event.pool), f"open {event.sequence}: pool {event.pool} has {score(event.pool)}, {other} more")
+                model.seen["placed with a choice"] += other != event.pool
+
+
+@refused("prefix_pending")
+def pending(model: Model, asked: Open, details: dict[str, Any], turn: Turn) -> None:
+    """Somebody is computing just these tokens, in the pool that the prompt would go to, and can still go on."""
+    what = f"prefix pending {details}"
+    number = [pool.name for pool in model.config.pools].index(details["pool"])
+    demand(asked.wait and details["pool"] in (asked.pool, "" if asked.pool else details["pool"]), f"{what}: {asked}")
+    text = model.texts.get(details["sequence"])
+    if text is None:
+        demand(False, f"{what}: no such sequence is open")
+        return
+    stamps = _stamps(model, asked)
+    cached = len(model.indexed_run(turn.visible[number], stamps, (len(stamps) - 1) // PAGE))
+    end = cached * PAGE + details["tokens"]
+    demand(details["tokens"] > 0 and details["tokens"] % PAGE == 0 and end < len(stamps), f"{what}: {cached} pages are cached")
+    demand(text.pool == number and text.known >= end and text.stamps[:end] == stamps[:end], f"{what}: {text} will not have them")
+    model.seen["waited"] += 1
