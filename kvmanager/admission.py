@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from kvmanager import events as ev
 from kvmanager.commands import Open
 from kvmanager.draft import Draft
@@ -113,6 +111,5 @@ def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Lo
     fresh = pages.take(pages_wanted(chosen, length))
     draft.opened += 1
     draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) + count
-    as_arrays = np.array(cached, np.int32), np.array(fresh, np.int32)
-    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, *as_arrays, length))
+    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, cached, fresh, length))
     return [sequence_id, chosen.cached, length, pool.name]

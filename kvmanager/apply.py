@@ -15,7 +15,7 @@ from kvmanager import events as ev
 from kvmanager import lives
 from kvmanager.errors import InvariantBroken
 from kvmanager.handoff import Handoff, HandoffState
-from kvmanager.pool import Pool
+from kvmanager.pool import Pages, Pool
 from kvmanager.prefix import TOKEN_BYTES, Node
 from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
 from kvmanager.state import Client, Notice, State, Worker
@@ -111,17 +111,15 @@ def _note_place(state: State, sequence: Sequence) -> None:
 def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     pool = state.pools[event.pool]
     tokens = event.tokens.astype("<i4").tobytes()
-    cached = event.cached.tolist()
-    node, pages = pool.prefix.acquire(event.namespace, tokens, len(cached), state.version)
-    if pages != cached:
-        raise InvariantBroken(f"open: expected cached pages {cached[:8]}..., index has {pages[:8]}...")
+    cached = event.cached
+    node = pool.prefix.acquire(event.namespace, cached, state.version)
     pool.share(cached)
-    pool.take(event.fresh.tolist())
+    pool.take(event.fresh)
     slot = slot_of(event.sequence)
     if state.free_slots.pop() != slot:
         raise InvariantBroken(f"open: row {slot} is not on top of the free rows")
     state.next_generation = (event.sequence >> SLOT_BITS) + 1
-    state.tables.open(event.sequence, event.pool, event.length, np.concatenate([event.cached, event.fresh]))
+    state.tables.open(event.sequence, event.pool, event.length, np.concatenate([cached, event.fresh]))
     sequence = Sequence(event.sequence, event.owner, event.pool, event.namespace, bytearray(tokens), node, published=len(cached))
     # What the index holds has been written by every worker of the pool: that is how it came in.
     sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
@@ -135,7 +133,7 @@ def _sequences_grown(state: State, event: ev.SequencesGrown) -> None:
     for index in np.flatnonzero(event.page_counts).tolist():
         pool = state.pools[state.sequences[int(event.ids[index])].pool]
         count = int(event.page_counts[index])
-        pool.take(event.pages[at : at + count].tolist())
+        pool.take(event.pages[at : at + count])
         at += count
     state.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
 
@@ -155,23 +153,23 @@ def _tokens_appended(state: State, event: ev.TokensAppended) -> None:
 def _pages_published(state: State, event: ev.PagesPublished) -> None:
     sequence = state.sequences[event.sequence]
     pool = state.pools[sequence.pool]
-    pages = event.pages.tolist()
+    pages = event.pages
     last = event.first + len(pages)
-    before = state.tables.pages_of(event.sequence)[event.first : last].tolist()
+    before = state.tables.pages_of(event.sequence)[event.first : last]
     start, stop = event.first * pool.prefix.page_bytes, last * pool.prefix.page_bytes
     sequence.node = pool.prefix.publish(sequence.node, bytes(sequence.tokens[start:stop]), pages, state.version)
     sequence.published = last
-    swapped = [(old, new) for old, new in zip(before, pages, strict=True) if old != new]
-    if swapped:
+    swapped = before != pages
+    if swapped.any():
         # The same tokens were computed twice at once. One copy is enough; a step in flight may still read the other.
-        pool.share([new for _, new in swapped])
-        pool.put_in_quarantine(state.version, pool.unshare([old for old, _ in swapped]))
+        pool.share(pages[swapped])
+        pool.put_in_quarantine(state.version, pool.unshare(before[swapped]))
         state.tables.swap(event.sequence, event.first, event.pages)
     _note_publishable(state, sequence)
     _note_place(state, sequence)
 
 
-def _let_go(state: State, pool: Pool, pages: list[int], indexed: int, node: Node | None) -> None:
+def _let_go(state: State, pool: Pool, pages: Pages, indexed: int, node: Node | None) -> None:
     """One owner of `pages` less, the first `indexed` of which lead in the index and end at `node`."""
     pool.unshare(pages[:indexed])  # those without an owner are cached now
     pool.put_in_quarantine(state.version, pool.unshare(pages[indexed:]))
@@ -182,7 +180,7 @@ def _let_go(state: State, pool: Pool, pages: list[int], indexed: int, node: Node
 def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     sequence = state.sequences.pop(event.sequence)
     pool = state.pools[sequence.pool]
-    _let_go(state, pool, state.tables.pages_of(event.sequence).tolist(), sequence.published, sequence.node)
+    _let_go(state, pool, state.tables.pages_of(event.sequence), sequence.published, sequence.node)
     pool.prefix.leave(sequence.namespace)
     pool.load -= len(sequence.tokens) // TOKEN_BYTES
     pool.publishable.pop(event.sequence, None)
@@ -194,7 +192,7 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
 
 
 def _pages_evicted(state: State, event: ev.PagesEvicted) -> None:
-    state.pools[event.pool].evict(event.pages.tolist())
+    state.pools[event.pool].evict(event.pages)
 
 
 def _pages_released(state: State, event: ev.PagesReleased) -> None:
@@ -208,7 +206,8 @@ def _index_dropped(state: State, event: ev.IndexDropped) -> None:
         if handoff.source == event.pool and handoff.source_node is not None:
             pool.prefix.release(handoff.source_node, state.version)
             handoff.source_node, handoff.source_indexed = None, 0
-    pool.put_in_quarantine(state.version, [page for page in pool.prefix.drop_all() if not pool.refs[page]])
+    loose = pool.prefix.drop_all()
+    pool.put_in_quarantine(state.version, loose[pool.refs[loose] == 0])
 
 
 # --- handoff ---------------------------------------------------------------------------------------------------------------------
@@ -256,13 +255,10 @@ def _handoff_moving(state: State, event: ev.HandoffMoving) -> None:
     source.share(handoff.source_pages)
     source.prefix.hold(sequence.node, state.version)
     sequence.holds += 1
-    shared, fresh = event.shared.tolist(), event.fresh.tolist()
-    handoff.target_node, pages = target.prefix.acquire(handoff.namespace, bytes(sequence.tokens), len(shared), state.version)
-    if pages != shared:
-        raise InvariantBroken(f"handoff {event.handoff}: expected shared pages {shared[:8]}..., index has {pages[:8]}...")
-    target.share(shared)
-    target.take(fresh)
-    handoff.target_shared, handoff.target_pages = len(shared), shared + fresh
+    handoff.target_node = target.prefix.acquire(handoff.namespace, event.shared, state.version)
+    target.share(event.shared)
+    target.take(event.fresh)
+    handoff.target_shared, handoff.target_pages = len(event.shared), event.shared.tolist() + event.fresh.tolist()
 
 
 def _handoff_pulled(state: State, event: ev.HandoffPulled) -> None:
@@ -281,7 +277,7 @@ def _handoff_resident(state: State, event: ev.HandoffResident) -> None:
     sequence = state.sequences[handoff.sequence_id]
     source, target = state.pools[handoff.source], state.pools[handoff.target]
     _let_source_go(state, handoff)
-    _let_go(state, source, state.tables.pages_of(handoff.sequence_id).tolist(), sequence.published, sequence.node)
+    _let_go(state, source, state.tables.pages_of(handoff.sequence_id), sequence.published, sequence.node)
     source.prefix.leave(sequence.namespace)  # the target's namespace was entered at `moving`
     source.publishable.pop(sequence.sequence_id, None)
     source.inflight.forget(sequence.sequence_id)
@@ -350,11 +346,11 @@ def _state_restored(state: State, event: ev.StateRestored, _: Restoring) -> None
 
 def _pool_restored(state: State, event: ev.PoolRestored, _: Restoring) -> None:
     pool = state.pools[event.pool]
-    pool.free = event.free.tolist()
+    pool.free.set(event.free)
     at = 0
     for serial, version, size in zip(event.serials.tolist(), event.versions.tolist(), event.sizes.tolist(), strict=True):
         pool.next_serial = serial
-        pool.put_in_quarantine(version, event.pages[at : at + size].tolist())
+        pool.put_in_quarantine(version, event.pages[at : at + size])
         at += size
     pool.next_serial = event.next_serial
     pool.publishable = dict.fromkeys(event.publishable.tolist())
@@ -372,12 +368,12 @@ def _node_restored(state: State, event: ev.NodeRestored, restoring: Restoring) -
     else:
         parent = prefix.enter(event.namespace)
         parent.refs -= 1  # its sequences and handoffs, restored later, enter themselves
-    node = Node(parent, event.tokens, event.pages.tolist())
+    node = Node(parent, event.tokens, event.pages.tobytes())
     node.refs, node.last_used = event.refs, event.last_used
     parent.children[event.tokens[: prefix.page_bytes]] = node
     restoring.nodes[event.pool, event.node] = node
-    for page in node.pages:
-        prefix.node_of[page] = node
+    prefix.node_of[event.pages] = node
+    prefix.pages_indexed += len(event.pages)
 
 
 def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
@@ -409,7 +405,7 @@ def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Rest
         event.holds,
     )
     state.tables.open(event.sequence, event.pool, event.length, event.pages)
-    pool.share(event.pages.tolist())
+    pool.share(event.pages)
     pool.load += len(event.tokens) // TOKEN_BYTES
 
 

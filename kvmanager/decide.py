@@ -28,7 +28,7 @@ from kvmanager.errors import (
 )
 from kvmanager.handoff import HandoffState
 from kvmanager.pool import Pool
-from kvmanager.prefix import TOKEN_BYTES
+from kvmanager.prefix import PAGE_ID, TOKEN_BYTES
 from kvmanager.sequences import slot_of
 from kvmanager.state import State
 
@@ -83,7 +83,7 @@ def _join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, An
         raise WrongState("pool", pool.name, f"at most {pool.workers_expected} live workers", "one more")
     if pool.layout and command.layout != pool.layout:
         raise LayoutMismatch(f"pool {pool.name}", pool.layout, command.layout)
-    if pool.prefix.node_of or any(sequence.pool == pool.index for sequence in state.sequences.values()):
+    if pool.prefix.pages_indexed or any(sequence.pool == pool.index for sequence in state.sequences.values()):
         # Fresh memory beside pages that hold something: this worker would read garbage.
         raise WrongState("pool", pool.name, "an empty pool for a worker with fresh memory", "cached pages or open sequences")
     lease_ms = command.lease_ms or state.config.lease_ms
@@ -146,7 +146,7 @@ def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
     for sequence_id in lost:
         draft.closed[sequence_id] = None
         draft.events.append(ev.SequenceClosed(sequence_id, 1))
-    if state.pools[pool].prefix.node_of:
+    if state.pools[pool].prefix.pages_indexed:
         draft.events.append(ev.IndexDropped(pool))
     return lost
 
@@ -352,7 +352,7 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
             draft.events.append(ev.HandoffReserving(handoff_id))
         return
     fresh = pages.take(total - len(shared))
-    draft.events.append(ev.HandoffMoving(handoff_id, np.array(shared, np.int32), np.array(fresh, np.int32)))
+    draft.events.append(ev.HandoffMoving(handoff_id, shared, fresh))
 
 
 # --- what follows from any command -----------------------------------------------------------------------------------------------
@@ -384,15 +384,15 @@ def _settle_handoffs(draft: Draft) -> None:
 def _release(draft: Draft, pool: Pool) -> None:
     acked = draft.acked(pool.index)
     serials: list[int] = []
-    pages: list[int] = []
+    pages: list[np.ndarray] = []
     for serial, entry in pool.quarantine.items():
         if entry.version > acked:
             break  # entries are in order of version
         serials.append(serial)
-        pages += entry.pages
+        pages.append(entry.pages)
     if serials:
         draft.events.append(ev.PagesReleased(pool.index, np.array(serials, np.int64)))
-        draft.pool(pool.index).free.push(pages)
+        draft.pool(pool.index).free.push(np.concatenate(pages))
 
 
 def _publish(draft: Draft) -> None:
@@ -417,13 +417,13 @@ def _publish(draft: Draft) -> None:
         last = state.publishable_pages(sequence, draft.written_tokens(sequence))
         if last <= first:
             continue
-        pages = state.tables.pages_of(sequence_id)[first:last].tolist()
+        pages = state.tables.pages_of(sequence_id)[first:last]
         tokens = bytes(sequence.tokens[first * step : last * step])
         node, at = sequence.node, 0
-        end: tuple[Any, int] = (node, len(node.pages))
+        end: tuple[Any, int] = (node, node.count)
         while at < len(pages):
             key = tokens[at * step : (at + 1) * step]
-            child = node.children.get(key) if end[1] == len(node.pages) else None
+            child = node.children.get(key) if end[1] == node.count else None
             if child is None:
                 if (*end, key) in attached:
                     pages = pages[:at]
@@ -431,11 +431,11 @@ def _publish(draft: Draft) -> None:
                     attached.add((*end, key))
                 break
             count = min(pool.prefix.equal_pages(child, tokens, at * step), len(pages) - at)
-            pages[at : at + count] = child.pages[:count]
+            pages[at : at + count] = np.frombuffer(child.ids, PAGE_ID)[:count]
             draft.pool(pool.index).pin([child])
             node, at, end = child, at + count, (child, count)
-        if pages:
-            draft.events.append(ev.PagesPublished(sequence_id, first, np.array(pages, np.int32)))
+        if len(pages):
+            draft.events.append(ev.PagesPublished(sequence_id, first, pages))
 
 
 _DECIDERS: dict[type, Any] = {Step: _step, Join: _join, Ack: _ack, WorkerGone: _gone, Tick: _tick}

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from kvmanager import events as ev
-from kvmanager.pool import Pool
-from kvmanager.prefix import Match, Node
+from kvmanager.pool import PageStack, Pool
+from kvmanager.prefix import NO_PAGES, PAGE_ID, Match, Node
 from kvmanager.sequences import Sequence
 from kvmanager.state import NEVER, State
 
-__all__ = ["Draft", "PoolDraft", "StackDraft"]
+__all__ = ["Draft", "PagesDraft", "PoolDraft", "StackDraft"]
 
 
 class StackDraft:
@@ -45,6 +45,33 @@ class StackDraft:
         return taken
 
 
+class PagesDraft:
+    """The same for a stack of free pages, which go by the hundred."""
+
+    def __init__(self, base: PageStack) -> None:
+        self.base = base
+        self.left = len(base)
+        self.pushed = NO_PAGES
+
+    def __len__(self) -> int:
+        return self.left + len(self.pushed)
+
+    def push(self, pages: np.ndarray) -> None:
+        self.pushed = np.concatenate([self.pushed, pages]) if len(self.pushed) else pages
+
+    def pop(self, count: int) -> np.ndarray:
+        """`count` pages, int32, the top first. The caller has checked that there are so many."""
+        from_pushed = min(count, len(self.pushed))
+        rest = count - from_pushed
+        self.left -= rest
+        below = self.base.look(rest, self.left + rest)
+        if not from_pushed:
+            return below.copy()  # the stack is written when the event is applied
+        keep = len(self.pushed) - from_pushed
+        taken, self.pushed = self.pushed[keep:][::-1], self.pushed[:keep]
+        return np.concatenate([taken, below]) if rest else taken
+
+
 class PoolDraft:
     """Pages of one pool under a command: the free stack, and which cached pages give way."""
 
@@ -52,7 +79,7 @@ class PoolDraft:
         self.pool = pool
         self.acked = acked
         self.events = events
-        self.free = StackDraft(pool.free)
+        self.free = PagesDraft(pool.free)
         self.trimmed: dict[Node, int] = {}  # pages that remain of a node
         self.pinned: dict[Node, None] = {}  # matched by this command: not to be evicted by it
         self.evictable = pool.counts().cached  # an upper bound that makes hopeless searches cheap
@@ -79,7 +106,7 @@ class PoolDraft:
         for node in self.pool.prefix.lru:
             if node.last_used > self.acked:
                 return  # the order is by last use, so all that follow are newer still
-            left = self.trimmed.get(node, len(node.pages))
+            left = self.trimmed.get(node, node.count)
             if left and node not in self.pinned:
                 yield node, left
 
@@ -95,20 +122,22 @@ class PoolDraft:
                     return count
         return have
 
-    def take(self, count: int) -> list[int]:
-        """`count` pages, after `can_take` said so; logs what has to be evicted for them."""
+    def take(self, count: int) -> np.ndarray:
+        """`count` pages, int32, after `can_take` said so; logs what has to be evicted for them."""
         short = count - len(self.free)
         if short > 0:
-            evicted: list[int] = []
+            evicted: list[np.ndarray] = []
             for node, left in self._victims():
-                gone = min(short - len(evicted), left)
-                evicted += node.pages[left - gone : left][::-1]  # the run's end first
+                gone = min(short, left)
+                evicted.append(np.frombuffer(node.ids, PAGE_ID)[left - gone : left][::-1])  # the run's end first
                 self.trimmed[node] = left - gone
-                if len(evicted) == short:
+                short -= gone
+                if not short:
                     break
-            self.evictable -= short
-            self.free.push(evicted)
-            self.events.append(ev.PagesEvicted(self.pool.index, np.array(evicted, np.int32)))
+            pages = np.concatenate(evicted)
+            self.evictable -= len(pages)
+            self.free.push(pages)
+            self.events.append(ev.PagesEvicted(self.pool.index, pages))
         return self.free.pop(count)
 
 

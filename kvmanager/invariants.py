@@ -58,7 +58,8 @@ def check_invariants(state: State) -> None:
         if len(wrong):
             page = int(wrong[0])
             _fail(pool.name, f"page {page}: refs {int(pool.refs[page])}, owners listed {int(refs[page])}")
-        quarantined = [page for entry in pool.quarantine.values() for page in entry.pages]
+        quarantined = [page for entry in pool.quarantine.values() for page in entry.pages.tolist()]
+        free = pool.free.array().tolist()
         indexed: list[int] = []
         for _, node in pool.prefix.walk():
             indexed += node.pages
@@ -68,20 +69,21 @@ def check_invariants(state: State) -> None:
                 _fail(pool.name, f"index node of page {node.pages[0]}: refs {node.refs} and in lru {node in pool.prefix.lru}")
             if len(node.tokens) != len(node.pages) * pool.prefix.page_bytes or not node.pages:
                 _fail(pool.name, f"index node of page {node.pages[:1]}: {len(node.tokens)} token bytes for {len(node.pages)} pages")
-            if any(pool.prefix.node_of.get(page) is not node for page in node.pages):
+            if any(pool.prefix.node_of[page] is not node for page in node.pages):
                 _fail(pool.name, f"index node of page {node.pages[0]}: page map disagrees")
         used = np.flatnonzero(pool.refs).tolist()
         cached = [page for page in indexed if not pool.refs[page]]
-        everything = pool.free + used + cached + quarantined
+        everything = free + used + cached + quarantined
         if sorted(everything) != list(range(pool.num_pages)):
             twice = [page for page, count in Counter(everything).items() if count > 1][:8]
             missing = sorted(set(range(pool.num_pages)) - set(everything))[:8]
             _fail(pool.name, f"pages in two states {twice}, in none {missing}")
         counts = pool.counts()
-        if (counts.free, counts.used, counts.cached, counts.quarantined) != (len(pool.free), len(used), len(cached), len(quarantined)):
-            _fail(pool.name, f"counts {counts} but {len(pool.free)}, {len(used)}, {len(cached)}, {len(quarantined)}")
-        if len(pool.prefix.node_of) != len(indexed):
-            _fail(pool.name, f"page map holds {len(pool.prefix.node_of)} pages, the tree {len(indexed)}")
+        if (counts.free, counts.used, counts.cached, counts.quarantined) != (len(free), len(used), len(cached), len(quarantined)):
+            _fail(pool.name, f"counts {counts} but {len(free)}, {len(used)}, {len(cached)}, {len(quarantined)}")
+        mapped = sum(node is not None for node in pool.prefix.node_of)
+        if not mapped == pool.prefix.pages_indexed == len(indexed):
+            _fail(pool.name, f"page map holds {mapped} pages and counts {pool.prefix.pages_indexed}, the tree {len(indexed)}")
         seen: set[int] = set()
         for node in pool.prefix.lru:  # children before parents: the oldest is a leaf
             if any(id(child) not in seen for child in node.children.values()):

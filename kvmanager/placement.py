@@ -74,7 +74,7 @@ def _in_flight(draft: Draft, item: Look, namespace: bytes, data: bytes, now_ms: 
     if earlier is not None:
         return earlier[0], pages_agreeing(earlier[1][at:], data[at:], step)
     node = item.found.nodes[-1] if item.found.nodes else pool.prefix.roots.get(namespace)
-    if node is None or item.found.last_pages < len(node.pages):
+    if node is None or item.found.last_pages < node.count:
         return 0, 0  # who holds a place ends at the end of a node
     sequence_id = pool.inflight.find(node, place[3])
     if not sequence_id or not draft.alive(sequence_id):

@@ -11,6 +11,7 @@ free + used + cached + quarantined == total, always. Who decides is `decide`; he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,15 +19,58 @@ from kvmanager.errors import InvariantBroken
 from kvmanager.inflight import InFlight
 from kvmanager.prefix import PrefixIndex
 
-__all__ = ["Pool", "PoolCounts", "Quarantined"]
+__all__ = ["PageStack", "Pages", "Pool", "PoolCounts", "Quarantined"]
+
+# Page ids, int32 [n]; lists are taken too, but pages come and go by the hundred, and an array is checked and counted in one go.
+Pages: TypeAlias = np.ndarray | list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Quarantined:
     """Pages freed at `version`: free again once every worker that might touch them has acknowledged it."""
 
     version: int
-    pages: tuple[int, ...]
+    pages: np.ndarray
+
+
+class PageStack:
+    """The free pages of a pool: the page used last is handed out first."""
+
+    __slots__ = ("_pages", "_top")
+
+    def __init__(self, num_pages: int) -> None:
+        self._pages = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._top = num_pages
+
+    def __len__(self) -> int:
+        return self._top
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PageStack) and np.array_equal(self.array(), other.array())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def look(self, count: int, below: int) -> np.ndarray:
+        """`count` pages in the order in which they leave the stack, the first `below` places from its bottom (a view)."""
+        return self._pages[below - count : below][::-1]
+
+    def drop(self, count: int) -> None:
+        self._top -= count
+
+    def push(self, pages: Pages) -> None:
+        """The last of `pages` is on top then."""
+        top = self._top + len(pages)
+        self._pages[self._top : top] = pages
+        self._top = top
+
+    def set(self, pages: np.ndarray) -> None:
+        """These pages, from the bottom up, and no others."""
+        self._top = 0
+        self.push(pages)
+
+    def array(self) -> np.ndarray:
+        """All free pages from the bottom up (a copy)."""
+        return self._pages[: self._top].copy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +93,14 @@ class Pool:
         self.page_size = page_size
         self.workers_expected = workers
         self.layout = layout
-        self.free: list[int] = list(range(num_pages - 1, -1, -1))  # a stack: the page used last is handed out first
+        self.free = PageStack(num_pages)
         self.refs = np.zeros(num_pages, np.int32)
         self.used = 0
         self.load = 0  # known token ids of open sequences, see placement
         self.quarantine: dict[int, Quarantined] = {}  # by serial, oldest first
         self.next_serial = 1
         self.quarantined = 0
-        self.prefix = PrefixIndex(page_size)
+        self.prefix = PrefixIndex(page_size, num_pages)
         self.inflight = InFlight()
         self.publishable: dict[int, None] = {}  # sequences with acknowledged pages that are not in the index yet
 
@@ -70,55 +114,59 @@ class Pool:
 
     # --- changes: called by apply only ---------------------------------------------------------------------------------------
 
-    def take(self, pages: list[int]) -> None:
+    def take(self, pages: Pages) -> None:
         """Hand out free pages, in the order in which they leave the stack; each gets its first owner."""
-        if not pages:
+        count = len(pages)
+        if not count:
             return
-        if self.free[-1 : -len(pages) - 1 : -1] != pages:
-            raise InvariantBroken(f"pool {self.name}: pages {pages[:8]}... are not on top of the free stack")
-        del self.free[-len(pages) :]
+        if count > len(self.free) or not np.array_equal(self.free.look(count, len(self.free)), pages):
+            raise InvariantBroken(f"pool {self.name}: pages {list(pages[:8])}... are not on top of the free stack")
+        self.free.drop(count)
         self.refs[pages] = 1
-        self.used += len(pages)
+        self.used += count
 
-    def share(self, pages: list[int]) -> None:
+    def share(self, pages: Pages) -> None:
         """One more owner for pages that are used or cached."""
-        if pages:
-            self.used += int((self.refs[pages] == 0).sum())
-            self.refs[pages] += 1
+        if len(pages):
+            counts = self.refs[pages]
+            self.used += len(counts) - int(np.count_nonzero(counts))
+            self.refs[pages] = counts + 1
 
-    def unshare(self, pages: list[int]) -> list[int]:
+    def unshare(self, pages: Pages) -> np.ndarray:
         """One owner less; gives the pages that have none now. The caller says whether those are cached or quarantined."""
-        if not pages:
-            return []
+        pages = np.asarray(pages, np.int32)
+        if not len(pages):
+            return pages
         counts = self.refs[pages] - 1
-        if counts.min() < 0:
+        least = int(counts.min())
+        if least < 0:
             raise InvariantBroken(f"pool {self.name}: page {pages[int(np.argmin(counts))]} dropped more often than held")
         self.refs[pages] = counts
-        loose = [page for page, count in zip(pages, counts.tolist(), strict=True) if count == 0]
+        loose = pages[counts == 0] if least == 0 else pages[:0]
         self.used -= len(loose)
         return loose
 
-    def put_in_quarantine(self, version: int, pages: list[int]) -> None:
-        if pages:
-            self.quarantine[self.next_serial] = Quarantined(version, tuple(pages))
+    def put_in_quarantine(self, version: int, pages: Pages) -> None:
+        if len(pages):
+            self.quarantine[self.next_serial] = Quarantined(version, np.array(pages, np.int32))
             self.next_serial += 1
             self.quarantined += len(pages)
 
     def hold_free(self, version: int) -> None:
         """Quarantine everything that is free."""
-        pages, self.free = self.free, []
-        self.put_in_quarantine(version, pages)
+        self.put_in_quarantine(version, self.free.array())
+        self.free.drop(len(self.free))
 
     def release(self, serial: int) -> None:
         """Quarantined pages become free."""
         entry = self.quarantine.pop(serial)
         self.quarantined -= len(entry.pages)
-        self.free.extend(entry.pages)
+        self.free.push(entry.pages)
 
-    def evict(self, pages: list[int]) -> None:
+    def evict(self, pages: np.ndarray) -> None:
         """Cached pages become free."""
-        for page in pages:
-            if self.refs[page]:
-                raise InvariantBroken(f"pool {self.name}: page {page} evicted while {int(self.refs[page])} owners hold it")
-            self.prefix.evict(page)
-        self.free.extend(pages)
+        if self.refs[pages].any():
+            page = int(pages[int(np.argmax(self.refs[pages]))])
+            raise InvariantBroken(f"pool {self.name}: page {page} evicted while {int(self.refs[page])} owners hold it")
+        self.prefix.evict(pages)
+        self.free.push(pages)

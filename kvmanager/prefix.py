@@ -15,25 +15,44 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
+import numpy as np
+
 from kvmanager.errors import InvariantBroken
 
 __all__ = ["TOKEN_BYTES", "Match", "Node", "PrefixIndex"]
 
 TOKEN_BYTES = 4  # token ids are little-endian int32
+ID_BYTES = 4  # and so are page ids
+PAGE_ID = np.dtype("<i4")
+NO_PAGES = np.zeros(0, PAGE_ID)
 
 
 class Node:
-    """A run of pages. `tokens` are the ids of exactly these pages; children are keyed by the ids of their first page."""
+    """A run of pages. `tokens` are the token ids of exactly these pages, `ids` the page ids; children are keyed by their first page's tokens.
 
-    __slots__ = ("children", "last_used", "pages", "parent", "refs", "tokens")
+    Both are bytes (little-endian int32): compared, cut and joined in one go, and a fraction of the size of lists. A root has no pages;
+    its `tokens` are its namespace.
+    """
 
-    def __init__(self, parent: Node | None, tokens: bytes, pages: list[int]) -> None:
+    __slots__ = ("children", "ids", "last_used", "parent", "refs", "tokens")
+
+    def __init__(self, parent: Node | None, tokens: bytes, ids: bytes) -> None:
         self.parent = parent
         self.tokens = tokens
-        self.pages = pages
+        self.ids = ids
         self.children: dict[bytes, Node] = {}
         self.refs = 0
         self.last_used = 0
+
+    @property
+    def count(self) -> int:
+        """Pages in the run."""
+        return len(self.ids) // ID_BYTES
+
+    @property
+    def pages(self) -> list[int]:
+        """Page ids of the run, for those who are in no hurry."""
+        return np.frombuffer(self.ids, PAGE_ID).tolist()
 
     def path(self) -> Iterator[Node]:
         """This node and its ancestors, deepest first, without the root."""
@@ -53,24 +72,26 @@ class Match:
         self.last_pages = last_pages
 
     def page_count(self) -> int:
-        return sum(len(node.pages) for node in self.nodes[:-1]) + (self.last_pages if self.nodes else 0)
+        return sum([len(node.ids) for node in self.nodes[:-1]]) // ID_BYTES + self.last_pages
 
-    def pages(self) -> list[int]:
-        found: list[int] = []
-        for node in self.nodes[:-1]:
-            found += node.pages
-        if self.nodes:
-            found += self.nodes[-1].pages[: self.last_pages]
-        return found
+    def pages(self) -> np.ndarray:
+        """Ids of the pages that agree, int32, read-only."""
+        if not self.nodes:
+            return NO_PAGES
+        ids = [node.ids for node in self.nodes]
+        ids[-1] = ids[-1][: self.last_pages * ID_BYTES]
+        return np.frombuffer(b"".join(ids), PAGE_ID)
 
 
 class PrefixIndex:
     """The tree, the page -> node map and the least-recently-used order of one pool."""
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, num_pages: int) -> None:
         self.page_bytes = page_size * TOKEN_BYTES
+        self.num_pages = num_pages
         self.roots: dict[bytes, Node] = {}
-        self.node_of: dict[int, Node] = {}
+        self.node_of = np.empty(num_pages, object)  # by page, None where it is not indexed; untouched memory costs nothing
+        self.pages_indexed = 0
         self.lru: OrderedDict[Node, None] = OrderedDict()
 
     # --- reading -------------------------------------------------------------------------------------------------------------
@@ -87,21 +108,22 @@ class PrefixIndex:
             node = node.children.get(tokens[at : at + step])
             if node is None:
                 break
-            usable = len(node.pages) if trimmed is None else trimmed.get(node, len(node.pages))
-            last = min(usable, (limit - at) // step, self.equal_pages(node, tokens, at))
-            if last == 0:
+            count = len(node.ids) // ID_BYTES
+            usable = trimmed.get(node, count) if trimmed else count
+            found = min(usable, (limit - at) // step, self.equal_pages(node, tokens, at))
+            if found == 0:
                 break
             nodes.append(node)
-            at += last * step
-            if last < len(node.pages):
+            at, last = at + found * step, found
+            if found < count:
                 break
-        return Match(nodes, last if nodes and last else (len(nodes[-1].pages) if nodes else 0))
+        return Match(nodes, last)
 
     def equal_pages(self, node: Node, tokens: bytes, at: int) -> int:
         """How many leading pages of the node's run equal tokens[at:], by bytes."""
         if tokens.startswith(node.tokens, at):  # the whole run in one comparison
-            return len(node.pages)
-        low, high, step = 1, len(node.pages), self.page_bytes  # the first page is equal: it was the key
+            return len(node.ids) // ID_BYTES
+        low, high, step = 1, len(node.ids) // ID_BYTES, self.page_bytes  # the first page is equal: it was the key
         while low < high:  # most pages of a long run differ only near its end: halve
             middle = (low + high + 1) // 2
             if tokens.startswith(node.tokens[: middle * step], at):
@@ -116,7 +138,7 @@ class PrefixIndex:
         """The root of a namespace, for one more sequence in it. Its `refs` count those, so that empty namespaces go away."""
         root = self.roots.get(namespace)
         if root is None:
-            root = self.roots[namespace] = Node(None, b"", [])
+            root = self.roots[namespace] = Node(None, namespace, b"")
         root.refs += 1
         return root
 
@@ -127,18 +149,28 @@ class PrefixIndex:
         if not root.refs and not root.children:
             del self.roots[namespace]
 
-    def acquire(self, namespace: bytes, tokens: bytes, page_count: int, version: int) -> tuple[Node, list[int]]:
-        """Enter the namespace and hold the first `page_count` pages of `tokens`; gives the node where they end, and the pages."""
+    def acquire(self, namespace: bytes, pages: np.ndarray, version: int) -> Node:
+        """Enter the namespace and hold these pages, which lead in it; gives the node where they end.
+
+        No token is compared here: that was decided, and the pages say where in the tree it ended.
+        """
         root = self.enter(namespace)
-        found = self.match(namespace, tokens, page_count)
-        pages = found.pages()
-        if len(pages) != page_count:
-            raise InvariantBroken(f"prefix index: expected {page_count} pages, found {len(pages)}")
-        if not found.nodes:
-            return root, pages
-        node = self._split(found.nodes[-1], found.last_pages)
+        if not len(pages):
+            return root
+        wanted = pages.astype(PAGE_ID, copy=False).tobytes()
+        end: Node | None = self.node_of[pages[-1]]
+        above: list[bytes] = []
+        node = end.parent if end is not None else None
+        while node is not None and node.parent is not None:
+            above.append(node.ids)
+            node = node.parent
+        found = b"".join(reversed(above))
+        rest = len(wanted) - len(found)
+        if end is None or node is not root or rest <= 0 or found + end.ids[:rest] != wanted:
+            raise InvariantBroken(f"prefix index: expected pages {pages[:8]}... from the root of their namespace on")
+        node = self._split(end, rest // ID_BYTES)
         self.hold(node, version)
-        return node, pages
+        return node
 
     def hold(self, node: Node, version: int) -> None:
         """One more holder of this node and everything above it."""
@@ -148,9 +180,8 @@ class PrefixIndex:
             each.refs += 1
             each.last_used = version
 
-    def release(self, node: Node, version: int) -> list[int]:
-        """One holder less; gives the pages that nobody holds any more. They stay cached, newest at the end of `lru`."""
-        loose: list[int] = []
+    def release(self, node: Node, version: int) -> None:
+        """One holder less. Nodes that nobody holds any more stay cached, newest at the end of `lru`."""
         for each in node.path():
             each.refs -= 1
             if each.refs < 0:
@@ -158,8 +189,6 @@ class PrefixIndex:
             if each.refs == 0:
                 each.last_used = version
                 self.lru[each] = None
-                loose += each.pages
-        return loose
 
     def _split(self, node: Node, page_count: int) -> Node:
         """The node that ends after `page_count` pages of `node`: itself, or a new parent that takes those pages over.
@@ -167,33 +196,32 @@ class PrefixIndex:
         The lower half stays the same object: sequences that end there keep pointing at the right place. The caller takes hold of
         the upper half at once, so it never has to be put into the middle of `lru`.
         """
-        if page_count == len(node.pages):
+        if page_count == node.count:
             return node
         parent, cut = node.parent, page_count * self.page_bytes
         if parent is None:
             raise InvariantBroken("prefix index: the root has no pages to split")
-        upper = Node(parent, node.tokens[:cut], node.pages[:page_count])
+        upper = Node(parent, node.tokens[:cut], node.ids[: page_count * ID_BYTES])
         upper.refs, upper.last_used = node.refs, node.last_used
         parent.children[node.tokens[: self.page_bytes]] = upper
-        node.parent, node.tokens, node.pages = upper, node.tokens[cut:], node.pages[page_count:]
+        node.parent, node.tokens, node.ids = upper, node.tokens[cut:], node.ids[page_count * ID_BYTES :]
         upper.children[node.tokens[: self.page_bytes]] = node
-        for page in upper.pages:
-            self.node_of[page] = upper
+        self.node_of[np.frombuffer(upper.ids, PAGE_ID)] = upper
         return upper
 
-    def publish(self, node: Node, tokens: bytes, pages: list[int], version: int) -> Node:
+    def publish(self, node: Node, tokens: bytes, pages: np.ndarray, version: int) -> Node:
         """Continue below `node` (held by the publisher) with pages: equal ones already indexed are taken instead of the given.
 
         `pages[i]` stands for tokens[i * page]. The caller has decided the same walk and lists the indexed ids. Gives the new end.
         """
-        at, step = 0, self.page_bytes
+        at, step, ids = 0, self.page_bytes, pages.astype(PAGE_ID, copy=False).tobytes()
         while at < len(pages):
             child = node.children.get(tokens[at * step : (at + 1) * step])
             if child is None:
                 break
             count = min(self.equal_pages(child, tokens, at * step), len(pages) - at)
             child = self._split(child, count)
-            if child.pages != pages[at : at + count]:
+            if child.ids != ids[at * ID_BYTES : (at + count) * ID_BYTES]:
                 raise InvariantBroken(f"prefix index: expected pages {child.pages[:8]}..., event says {pages[at : at + count][:8]}...")
             if child.refs == 0:
                 self.lru.pop(child, None)
@@ -202,41 +230,55 @@ class PrefixIndex:
             node, at = child, at + count
         if at == len(pages):
             return node
-        rest_tokens, rest = tokens[at * step : len(pages) * step], pages[at:]
+        rest_tokens, rest = tokens[at * step : len(pages) * step], ids[at * ID_BYTES :]
         if node.parent is not None and not node.children and node.refs == 1:  # only the publisher ends here: one longer run
             node.tokens += rest_tokens
-            node.pages = node.pages + rest
+            node.ids += rest
         else:
             node.children[rest_tokens[:step]] = child = Node(node, rest_tokens, rest)
             child.refs, child.last_used = 1, version
             node = child
-        for page in rest:
-            self.node_of[page] = node
+        self.node_of[pages[at:]] = node
+        self.pages_indexed += len(pages) - at
         return node
 
-    def evict(self, page: int) -> None:
-        """Forget one page: the last of a leaf that nobody holds."""
-        node = self.node_of.pop(page, None)
-        if node is None or node.children or node.refs or node.pages[-1] != page:
-            raise InvariantBroken(f"prefix index: page {page} is not the free end of the tree")
-        node.pages = node.pages[:-1]
-        if node.pages:
-            node.tokens = node.tokens[: -self.page_bytes]
+    def evict(self, pages: np.ndarray) -> None:
+        """Forget these pages, one after the other: each is the last of a leaf that nobody holds when its turn comes."""
+        nodes: list[Node | None] = self.node_of[pages].tolist()
+        at, ids = 0, pages[::-1].astype(PAGE_ID).tobytes()  # backwards: a run loses its end first
+        while at < len(nodes):
+            node, stop = nodes[at], at + 1
+            while stop < len(nodes) and nodes[stop] is node:
+                stop += 1
+            gone = ids[len(ids) - stop * ID_BYTES : len(ids) - at * ID_BYTES]
+            if node is None or node.children or node.refs or not node.ids.endswith(gone):
+                raise InvariantBroken(f"prefix index: page {pages[at]} is not the free end of the tree")
+            self._cut(node, stop - at)
+            at = stop
+        self.node_of[pages] = None
+        self.pages_indexed -= len(pages)
+
+    def _cut(self, node: Node, count: int) -> None:
+        """Forget the last `count` pages of a free leaf."""
+        if count < node.count:
+            node.ids = node.ids[: -count * ID_BYTES]
+            node.tokens = node.tokens[: -count * self.page_bytes]
             return
         self.lru.pop(node, None)
         parent = node.parent
         if parent is None:
-            raise InvariantBroken(f"prefix index: page {page} belongs to a root")
+            raise InvariantBroken("prefix index: the root has no pages to forget")
         del parent.children[node.tokens[: self.page_bytes]]
         if parent.parent is None and not parent.children and not parent.refs:
-            self.roots = {namespace: root for namespace, root in self.roots.items() if root is not parent}
+            del self.roots[parent.tokens]
 
-    def drop_all(self) -> list[int]:
+    def drop_all(self) -> np.ndarray:
         """Forget everything (the pool's memory is gone); gives the cached pages. No node may be held, no sequence open."""
-        loose = [page for node in self.lru for page in node.pages]
-        if len(loose) != len(self.node_of):
+        loose = np.frombuffer(b"".join([node.ids for node in self.lru]), PAGE_ID)
+        if len(loose) != self.pages_indexed:
             raise InvariantBroken("prefix index: dropped while somebody holds pages")
-        self.roots, self.node_of, self.lru = {}, {}, OrderedDict()
+        self.roots, self.lru = {}, OrderedDict()
+        self.node_of, self.pages_indexed = np.empty(self.num_pages, object), 0
         return loose
 
     def walk(self) -> Iterator[tuple[bytes, Node]]:

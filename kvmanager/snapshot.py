@@ -12,7 +12,7 @@ from kvmanager import events as ev
 from kvmanager import lives
 from kvmanager.apply import Restoring, apply
 from kvmanager.config import ManagerConfig
-from kvmanager.prefix import Node
+from kvmanager.prefix import NO_PAGES, PAGE_ID, Node
 from kvmanager.state import State
 
 __all__ = ["load_snapshot", "snapshot", "state_digest", "tables_snapshot"]
@@ -34,7 +34,7 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
             parent = numbered.get(node.parent, 0) if node.parent is not None else 0
             events.append(
                 ev.NodeRestored(
-                    pool.index, numbered[node], parent, namespace, node.tokens, np.array(node.pages, np.int32), node.refs, node.last_used
+                    pool.index, numbered[node], parent, namespace, node.tokens, np.frombuffer(node.ids, PAGE_ID), node.refs, node.last_used
                 )
             )
         numbers.append(numbered)
@@ -43,12 +43,12 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
         events.append(
             ev.PoolRestored(
                 pool.index,
-                np.array(pool.free, np.int32),
+                pool.free.array(),
                 pool.next_serial,
                 np.array(list(entries), np.int64),
                 np.array([entry.version for entry in entries.values()], np.int64),
                 np.array([len(entry.pages) for entry in entries.values()], np.int64),
-                np.array([page for entry in entries.values() for page in entry.pages], np.int32),
+                np.concatenate([NO_PAGES, *(entry.pages for entry in entries.values())]),
                 np.array(list(pool.publishable), np.int64),
             )
         )

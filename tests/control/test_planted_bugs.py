@@ -18,7 +18,7 @@ from kvmanager import events as ev
 from kvmanager import simulator as simulation
 from kvmanager.draft import Draft, PoolDraft
 from kvmanager.handoff import HandoffState
-from kvmanager.pool import Pool
+from kvmanager.pool import Pages, Pool
 from kvmanager.prefix import Node, PrefixIndex
 from kvmanager.state import NEVER, State
 
@@ -34,7 +34,7 @@ def plant(function: Plant) -> Plant:
 
 @plant
 def quarantine_skipped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Pool, "put_in_quarantine", lambda self, version, pages: self.free.extend(pages))
+    patch.setattr(Pool, "put_in_quarantine", lambda self, version, pages: self.free.push(pages))
 
 
 @plant
@@ -60,7 +60,7 @@ def fenced_worker_holds_nothing(patch: pytest.MonkeyPatch) -> None:
 def eviction_ignores_acks(patch: pytest.MonkeyPatch) -> None:
     def victims(self: PoolDraft) -> Iterator[tuple[Node, int]]:
         for node in self.pool.prefix.lru:
-            left = self.trimmed.get(node, len(node.pages))
+            left = self.trimmed.get(node, node.count)
             if left and node not in self.pinned:
                 yield node, left
 
@@ -84,7 +84,7 @@ def extra_key_left_out(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def first_page_taken_for_the_whole_run(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrefixIndex, "equal_pages", lambda self, node, tokens, at: min(len(node.pages), (len(tokens) - at) // self.page_bytes))
+    patch.setattr(PrefixIndex, "equal_pages", lambda self, node, tokens, at: min(node.count, (len(tokens) - at) // self.page_bytes))
 
 
 @plant
@@ -112,18 +112,20 @@ def published_after_the_first_worker_acked(patch: pytest.MonkeyPatch) -> None:
 def reference_dropped_twice(patch: pytest.MonkeyPatch) -> None:
     honest = Pool.unshare
 
-    def unshare(self: Pool, pages: list[int]) -> list[int]:
+    def unshare(self: Pool, pages: Pages) -> np.ndarray:
+        pages = np.asarray(pages, np.int32)
         loose = honest(self, pages)
-        shared = [page for page in pages if self.refs[page]]
-        return loose + (honest(self, shared) if shared else [])
+        shared = pages[self.refs[pages] > 0]
+        return np.concatenate([loose, honest(self, shared)])
 
     patch.setattr(Pool, "unshare", unshare)
 
 
 @plant
 def reference_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def share(self: Pool, pages: list[int]) -> None:
-        self.used += int((self.refs[pages] == 0).sum()) if pages else 0
+    def share(self: Pool, pages: Pages) -> None:
+        pages = np.asarray(pages, np.int32)
+        self.used += int((self.refs[pages] == 0).sum())
         self.refs[pages] = np.maximum(self.refs[pages], 1)
 
     patch.setattr(Pool, "share", share)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from kvmanager.commands import Open
@@ -88,13 +89,13 @@ def test_equality_decides_where_hashes_collide(monkeypatch: pytest.MonkeyPatch) 
         def __add__(self, other: bytes) -> Colliding:
             return Colliding(bytes.__add__(self, other))
 
-    index = PrefixIndex(16)
+    index = PrefixIndex(16, 16)
     texts = [Colliding(tokens(32, 100 * each).tobytes()) for each in range(5)]
     for number, text in enumerate(texts):
-        index.publish(index.enter(b""), text, [2 * number, 2 * number + 1], 1)
+        index.publish(index.enter(b""), text, np.array([2 * number, 2 * number + 1], np.int32), 1)
     for number, text in enumerate(texts):
-        assert index.match(b"", text, 2).pages() == [2 * number, 2 * number + 1]
-    assert index.match(b"", Colliding(tokens(32, 7).tobytes()), 2).pages() == []
+        assert index.match(b"", text, 2).pages().tolist() == [2 * number, 2 * number + 1]
+    assert index.match(b"", Colliding(tokens(32, 7).tobytes()), 2).pages().tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,15 @@ def test_wrong_call_raises_a_typed_error_and_changes_nothing(
 
     def books() -> tuple[Any, ...]:
         state = rig.state
-        pools = [(pool.free, pool.counts(), list(pool.publishable), list(pool.quarantine.values())) for pool in state.pools]
+        pools = [
+            (
+                pool.free.array().tolist(),
+                pool.counts(),
+                list(pool.publishable),
+                [(q.version, q.pages.tolist()) for q in pool.quarantine.values()],
+            )
+            for pool in state.pools
+        ]
         workers = [(each.worker_id, each.acked, each.deadline_ms, each.fenced) for each in state.workers.values()]
         written = [(each.written, bytes(each.tokens)) for each in state.sequences.values()]
         return state.tables.digest(), pools, workers, written, list(state.handoffs), state.free_slots, state.next_generation
