@@ -188,7 +188,7 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     state.tables.close(event.sequence)
     state.free_slots.append(slot_of(event.sequence))
     if event.reason == 1:
-        _tell(state, sequence.owner, Notice("lost", event.sequence, 0, f"memory of pool {pool.name} is gone"))
+        _tell(state, sequence.owner, Notice("lost", event.sequence, 0, f"memory of pool {pool.name} is gone", "lost"))
 
 
 def _pages_evicted(state: State, event: ev.PagesEvicted) -> None:
@@ -301,7 +301,7 @@ def _handoff_aborted(state: State, event: ev.HandoffAborted) -> None:
     sequence = state.sequences.get(handoff.sequence_id)
     if sequence is not None:
         sequence.handoff, sequence.sealed = 0, False
-    _tell(state, handoff.owner, Notice("aborted", handoff.sequence_id, event.handoff, event.reason))
+    _tell(state, handoff.owner, Notice("aborted", handoff.sequence_id, event.handoff, event.reason, event.code))
     if was_moving:
         target = state.pools[handoff.target]
         _let_go(state, target, handoff.target_pages, handoff.target_shared, handoff.target_node)

@@ -141,7 +141,7 @@ def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
     for handoff in state.handoffs.values():
         over = handoff.state is HandoffState.ABORTED or handoff.handoff_id in draft.aborted  # both pools may be lost at once
         if pool in (handoff.source, handoff.target) and not over:
-            _abort(draft, handoff.handoff_id, reason)
+            _abort(draft, handoff.handoff_id, "lost", reason)
     lost = [sequence.sequence_id for sequence in state.sequences.values() if sequence.pool == pool and draft.alive(sequence.sequence_id)]
     for sequence_id in lost:
         draft.closed[sequence_id] = None
@@ -193,7 +193,7 @@ def _close(draft: Draft, sequence_id: int) -> None:
         raise Unknown("sequence", sequence_id)
     sequence = draft.state.sequences[sequence_id]
     if sequence.handoff and sequence.handoff not in draft.aborted:
-        _abort(draft, sequence.handoff, "the sequence was closed")
+        _abort(draft, sequence.handoff, "closed", "the sequence was closed")
     draft.closed[sequence_id] = None
     draft.load_change[sequence.pool] = draft.load_change.get(sequence.pool, 0) - len(sequence.tokens) // TOKEN_BYTES
     draft.slots.push([slot_of(sequence_id)])
@@ -297,6 +297,9 @@ def _hand_off(draft: Draft, sequence_id: int, target_name: str) -> int:
         raise InvalidValue("step.hand_off", f"a pool of page_size {source.page_size}", f"{target.name} with {target.page_size}")
     if source.layout and target.layout and source.layout != target.layout:
         raise LayoutMismatch(f"handoff from pool {source.name} to {target.name}", source.layout, target.layout)
+    pages = int(state.tables.page_counts[state.tables.row(sequence_id)])
+    if pages > target.num_pages:
+        raise SequenceTooLarge(target.name, pages, target.num_pages)
     check_ready(draft, target)
     if len(state.handoffs) + len(begun) >= state.config.handoffs_max:
         raise TooMany("handoffs", state.config.handoffs_max)
@@ -309,12 +312,12 @@ def _abort_asked(draft: Draft, handoff_id: int) -> None:
     handoff = draft.state.handoff(handoff_id)
     if handoff.state is HandoffState.ABORTED or handoff_id in draft.aborted:
         raise WrongState("handoff", handoff_id, "one that is not over", "aborted")
-    _abort(draft, handoff_id, "asked for by the client")
+    _abort(draft, handoff_id, "asked", "asked for by the client")
 
 
-def _abort(draft: Draft, handoff_id: int, reason: str) -> None:
+def _abort(draft: Draft, handoff_id: int, code: str, reason: str) -> None:
     draft.aborted[handoff_id] = None
-    draft.events.append(ev.HandoffAborted(handoff_id, reason))
+    draft.events.append(ev.HandoffAborted(handoff_id, code, reason))
 
 
 def _pulled(draft: Draft, handoff_id: int, worker: int, pool: int) -> None:
@@ -339,7 +342,8 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
     pool = state.pools[target]
     total = int(state.tables.page_counts[state.tables.row(sequence_id)])
     if total > pool.num_pages:
-        _abort(draft, handoff_id, str(SequenceTooLarge(pool.name, total, pool.num_pages)))
+        error = SequenceTooLarge(pool.name, total, pool.num_pages)  # it grew after the handoff was asked for
+        _abort(draft, handoff_id, error.code, error.text)
         return
     pages = draft.pool(target)
     tokens = bytes(sequence.tokens[: length * TOKEN_BYTES])

@@ -173,7 +173,10 @@ class HandoffResident(NamedTuple):
 
 
 class HandoffAborted(NamedTuple):
+    """`code` for programs (see state.Notice), `reason` for people."""
+
     handoff: int
+    code: str
     reason: str
 
 

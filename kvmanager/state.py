@@ -27,12 +27,15 @@ class Notice(NamedTuple):
 
     kind: "lost" (the pool's memory is gone, open it again elsewhere), "resident" (decode it in the target pool now), "aborted"
     (the handoff failed; the sequence is still in its source pool unless it was lost too).
+    reason: for people; of "resident" the target pool's name. code: for programs, "" for resident, else "lost", "closed", "asked" (to
+    abort), or the code of an error: "sequence_too_large" says that trying again would not help.
     """
 
     kind: str
     sequence: int
     handoff: int
     reason: str
+    code: str = ""
 
 
 @dataclass(slots=True)

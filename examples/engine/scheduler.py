@@ -290,9 +290,12 @@ class Scheduler:
             work.sort(key=lambda item: len(item[2]) != 4)  # sequences with one new token come first in a plan
             self.pools[name].busy = reply.version
             self.channel.send(name, {"t": "run", "version": reply.version, "items": work})
-        for index, (_, target) in enumerate(plan.hand_off):
-            if isinstance(reply.error("hand_off", index), PoolNotReady):
+        for index, (request, target) in enumerate(plan.hand_off):
+            error = reply.error("hand_off", index)
+            if isinstance(error, PoolNotReady):
                 self.supervisor.kill(target)  # fenced, so it must end before anybody may have its pages
+            elif isinstance(error, SequenceTooLarge):
+                self._end(request, str(error))
         for notice in reply.notices:
             self._on_notice(notice)
 
@@ -354,7 +357,7 @@ class Scheduler:
             request.stage, request.pool, request.handoff, request.target = Stage.DECODING, notice.reason, 0, ""
         elif notice.kind == "aborted":
             request.handoff, request.target = 0, ""
-            if "expected at most" in notice.reason:  # larger than the whole target: no use in trying again
+            if notice.code == SequenceTooLarge.code:  # than the whole target: no use in trying again
                 self._end(request, notice.reason)
             else:
                 request.stage = Stage.PREFILLED

@@ -10,7 +10,7 @@ import pytest
 from kvmanager import events as ev
 from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.errors import LayoutMismatch, OutOfPages, Unknown, WrongState
+from kvmanager.errors import LayoutMismatch, OutOfPages, SequenceTooLarge, Unknown, WrongState
 from kvmanager.manager import KVManager
 from tests.control.conftest import Clock, Rig, tokens
 
@@ -373,14 +373,47 @@ def test_layouts_must_agree_before_a_byte_moves(make_rig: MakeRig) -> None:
     assert not rig.state.handoffs
 
 
-def test_sequence_too_large_for_the_target_is_aborted_not_kept_waiting(make_rig: MakeRig) -> None:
+def test_sequence_too_large_for_the_target_is_refused_at_once(make_rig: MakeRig) -> None:
     rig = make_rig(two_pools(target=2))
     opened = rig.prefilled(tokens(40), "A")
-    handoff = rig.kv.hand_off(opened.sequence, "B")
+    with pytest.raises(SequenceTooLarge, match="pool B: expected at most 2 pages, got a sequence of 3") as caught:
+        rig.kv.hand_off(opened.sequence, "B")
+    assert caught.value.details == {"pool": "B", "needed": 3, "total": 2}
+    assert not rig.state.handoffs
+    rig.kv.grow(opened.sequence)
+
+
+def test_sequence_that_grows_too_large_for_the_target_is_aborted_not_kept_waiting(make_rig: MakeRig) -> None:
+    rig = make_rig(two_pools(target=2))
+    opened = rig.kv.open(tokens(40), "A", chunk=20)
+    handoff = rig.kv.hand_off(opened.sequence, "B")  # its prompt is not computed yet
+    rig.kv.grow(opened.sequence, 20)
+    rig.write(opened.sequence)
     [notice] = rig.kv.step().notices
     assert (notice.kind, notice.sequence, notice.handoff) == ("aborted", opened.sequence, handoff)
+    assert notice.code == "sequence_too_large"
     assert "expected at most 2 pages, got a sequence of 3" in notice.reason
     rig.kv.grow(opened.sequence)
+
+
+def test_a_notice_has_a_code_for_programs(make_rig: MakeRig) -> None:
+    rig = make_rig(two_pools())
+    first, second, third = (rig.prefilled(tokens(20, 100 * each), "A").sequence for each in range(3))
+    asked, closed = rig.kv.hand_off(first, "B"), rig.kv.hand_off(second, "B")
+    rig.kv.abort(asked)
+    rig.kv.close(second)
+    rig.kv.hand_off(third, "B")
+    rig.die(rig.workers["B"][0])
+    rig.die(rig.workers["A"][0])
+    notices = rig.kv.step().notices
+    assert [(each.kind, each.sequence, each.code) for each in notices] == [
+        ("aborted", first, "asked"),
+        ("aborted", second, "closed"),
+        ("aborted", third, "lost"),
+        ("lost", first, "lost"),
+        ("lost", third, "lost"),
+    ]
+    assert closed == notices[1].handoff
 
 
 def test_unwritten_sequence_moves_without_a_page(make_rig: MakeRig) -> None:
