@@ -14,6 +14,7 @@ import numpy as np
 from kvmanager import events as ev
 from kvmanager import lives
 from kvmanager.errors import InvariantBroken
+from kvmanager.growth import apply_grown, apply_grown_again, apply_grown_further
 from kvmanager.handoff import Handoff, HandoffState
 from kvmanager.pool import Pages, Pool
 from kvmanager.prefix import TOKEN_BYTES, Node
@@ -126,20 +127,6 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     state.sequences[event.sequence] = sequence
     pool.load += len(event.tokens)
     _note_place(state, sequence)
-
-
-def _sequences_grown(state: State, event: ev.SequencesGrown) -> None:
-    at = 0
-    for index in np.flatnonzero(event.page_counts).tolist():
-        pool = state.pools[state.sequences[int(event.ids[index])].pool]
-        count = int(event.page_counts[index])
-        pool.take(event.pages[at : at + count])
-        at += count
-    state.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
-
-
-def _grown_again(state: State, event: ev.GrownAgain) -> None:
-    state.tables.grow_again()
 
 
 def _tokens_appended(state: State, event: ev.TokensAppended) -> None:
@@ -458,8 +445,9 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.WorkerFenced: _worker_fenced,
     ev.WorkerDead: _worker_dead,
     ev.SequenceOpened: _sequence_opened,
-    ev.SequencesGrown: _sequences_grown,
-    ev.GrownAgain: _grown_again,
+    ev.SequencesGrown: apply_grown,
+    ev.GrownAgain: apply_grown_again,
+    ev.GrownFurther: apply_grown_further,
     ev.TokensAppended: _tokens_appended,
     ev.PagesPublished: _pages_published,
     ev.SequenceClosed: _sequence_closed,

@@ -26,6 +26,7 @@ from kvmanager.errors import (
     Unknown,
     WrongState,
 )
+from kvmanager.growth import grow_same
 from kvmanager.handoff import HandoffState
 from kvmanager.pool import Pool
 from kvmanager.prefix import PAGE_ID, TOKEN_BYTES
@@ -179,7 +180,7 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
         reply["handoffs"] = [
             attempt("hand_off", index, _hand_off, sequence_id, pool) or 0 for index, (sequence_id, pool) in enumerate(command.hand_off)
         ]
-    if len(command.grow):
+    if len(command.grow) and not grow_same(draft, command):
         _grow(draft, command, refused)
     if command.opens:
         reply["opened"] = [attempt("open", index, admit, item, client, now_ms) for index, item in enumerate(command.opens)]

@@ -12,12 +12,14 @@ from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
 import msgpack
 import numpy as np
 
-from kvmanager.errors import BadMessage
+from kvmanager.errors import BadMessage, InvariantBroken
 
-__all__ = ["EventBatch", "decode_batch", "encode_batch", "unpack"]
+__all__ = ["EventBatch", "decode_batch", "encode_batch", "same_batch", "unpack"]
 
 I32 = np.dtype("<i4")
 I64 = np.dtype("<i8")
+# Up to this size a message is unpacked without a look ahead: arrays in arrays that lie about their lengths can claim a few megabytes at most.
+SMALL_BYTES = 1024
 
 
 Ints32: TypeAlias = Annotated[np.ndarray, "int32 [n]"]
@@ -99,6 +101,16 @@ class SequencesGrown(NamedTuple):
 
 class GrownAgain(NamedTuple):
     """The same ids and counts as the last SequencesGrown, nobody needing a page: the steady decode step."""
+
+
+class GrownFurther(NamedTuple):
+    """The same ids and counts as the last SequencesGrown; pages[i] is appended to the table of the at[i]th of its sequences.
+
+    `at` ascends; a sequence that gets several pages stands there as often. A step for the workers.
+    """
+
+    at: Ints32
+    pages: Ints32
 
 
 class TokensAppended(NamedTuple):
@@ -357,42 +369,16 @@ EVENTS: tuple[type, ...] = (
     EpochBegun,
     LivesRestored,
     InFlightRestored,
+    GrownFurther,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 
 
-def _pack_array(dtype: np.dtype) -> Any:
-    return lambda value: np.ascontiguousarray(value, dtype).tobytes()
-
-
-def _unpack_array(dtype: np.dtype) -> Any:
-    def unpack(value: object) -> np.ndarray:
-        if not isinstance(value, bytes) or len(value) % dtype.itemsize:
-            raise BadMessage(f"event: expected bytes of {dtype.name}, got {type(value).__name__}")
-        return np.frombuffer(value, dtype)
-
-    return unpack
-
-
-def _expect(kind: type) -> Any:
-    def check(value: object) -> object:
-        if type(value) is not kind:
-            raise BadMessage(f"event: expected {kind.__name__}, got {type(value).__name__}")
-        return value
-
-    return check
-
-
-_PACK: dict[Any, Any] = {int: int, str: str, bytes: bytes, Ints32: _pack_array(I32), Ints64: _pack_array(I64)}
-_UNPACK: dict[Any, Any] = {
-    int: _expect(int),
-    str: _expect(str),
-    bytes: _expect(bytes),
-    Ints32: _unpack_array(I32),
-    Ints64: _unpack_array(I64),
-}
-_PACKERS = {cls: tuple(_PACK[kind] for kind in get_type_hints(cls, include_extras=True).values()) for cls in EVENTS}
-_UNPACKERS = {cls: tuple(_UNPACK[kind] for kind in get_type_hints(cls, include_extras=True).values()) for cls in EVENTS}
+# For each event: the types of its row on the wire ([code, *fields]), and which of the fields are arrays of what.
+_DTYPES: dict[Any, np.dtype] = {Ints32: I32, Ints64: I64}
+_KINDS = {cls: tuple(get_type_hints(cls, include_extras=True).values()) for cls in EVENTS}
+_ROWS = {cls: [int, *(bytes if kind in _DTYPES else kind for kind in kinds)] for cls, kinds in _KINDS.items()}
+_ARRAYS = {cls: [(at, _DTYPES[kind]) for at, kind in enumerate(kinds, 1) if kind in _DTYPES] for cls, kinds in _KINDS.items()}
 
 
 class EventBatch(NamedTuple):
@@ -411,10 +397,11 @@ def _no_ext(code: int, data: bytes) -> object:
 def unpack(data: bytes) -> Any:
     """The one msgpack value in `data`. Raises BadMessage. Allocates for what is there, not for what a length field claims."""
     try:
-        # A walk that builds nothing: arrays in arrays, each claiming as many items as the whole message has bytes, end here.
-        walker = msgpack.Unpacker(max_buffer_size=len(data))
-        walker.feed(data)
-        walker.skip()
+        if len(data) > SMALL_BYTES:
+            # A walk that builds nothing: arrays in arrays, each claiming as many items as the whole message has bytes, end here.
+            walker = msgpack.Unpacker(max_buffer_size=len(data))
+            walker.feed(data)
+            walker.skip()
         return msgpack.unpackb(data, raw=False, max_ext_len=0, ext_hook=_no_ext, strict_map_key=True)
     except BadMessage:
         raise
@@ -422,26 +409,62 @@ def unpack(data: bytes) -> Any:
         raise BadMessage(f"message: {type(error).__name__}: {error}"[:200]) from None
 
 
+def _pack(event: Any) -> list[Any]:
+    """The row of an event. Raises InvariantBroken unless unpacking it gives an equal event: same types, same dtypes, same values.
+
+    So the manager may apply the event itself instead of what its bytes decode to, and still nobody reads another log than it did.
+    """
+    cls = type(event)
+    row = [_CODE[cls], *event]
+    for at, dtype in _ARRAYS[cls]:
+        value = row[at]
+        if type(value) is not np.ndarray or value.ndim != 1 or (value.dtype is not dtype and value.dtype != dtype):
+            raise InvariantBroken(f"event {cls.__name__}: expected {dtype.name} [n] as field {at}, got {value!r}"[:200])
+        row[at] = value.tobytes()
+    if [*map(type, row)] != _ROWS[cls]:
+        raise InvariantBroken(f"event {cls.__name__}: expected {_ROWS[cls]}, got {[*map(type, row)]}"[:300])
+    return row
+
+
+def same_batch(one: EventBatch, other: EventBatch) -> bool:
+    """Whether they are equal to the last value and dtype."""
+    return one[:3] == other[:3] and len(one.events) == len(other.events) and all(map(_same, one.events, other.events))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    for left, right in zip(one, other, strict=True):
+        if type(left) is not type(right):
+            return False
+        if isinstance(left, np.ndarray):
+            if left.dtype != right.dtype or not np.array_equal(left, right):
+                return False
+        elif left != right:
+            return False
+    return True
+
+
 def encode_batch(batch: EventBatch) -> bytes:
-    events = [
-        [_CODE[type(event)], *(pack(value) for pack, value in zip(_PACKERS[type(event)], event, strict=True))] for event in batch.events
-    ]
-    return msgpack.packb([batch.epoch, batch.version, batch.now_ms, events], use_bin_type=True)
+    return msgpack.packb([batch.epoch, batch.version, batch.now_ms, [_pack(event) for event in batch.events]], use_bin_type=True)
 
 
 def decode_batch(data: bytes) -> EventBatch:
     """The batch in `data`. Raises BadMessage for anything that is not exactly one."""
     message = unpack(data)
-    if type(message) is not list or [type(item) for item in message] != [int, int, int, list]:
+    if type(message) is not list or [*map(type, message)] != [int, int, int, list]:
         raise BadMessage("event batch: expected [epoch, version, now_ms, events]")
-    epoch, version, now_ms, rows = message
-    events = []
-    for row in rows:
+    events: list[Any] = []
+    for row in message[3]:
         if type(row) is not list or not row or type(row[0]) is not int or not 1 <= row[0] <= len(EVENTS):
             raise BadMessage(f"event: expected [code, *fields] with a code in 1..{len(EVENTS)}")
         cls = EVENTS[row[0] - 1]
-        unpackers = _UNPACKERS[cls]
-        if len(row) != len(unpackers) + 1:
-            raise BadMessage(f"event {cls.__name__}: expected {len(unpackers)} fields, got {len(row) - 1}")
-        events.append(cls(*(read(value) for read, value in zip(unpackers, row[1:], strict=True))))
-    return EventBatch(epoch, version, now_ms, events)
+        if [*map(type, row)] != _ROWS[cls]:
+            expected, got = ([each.__name__ for each in kinds] for kinds in (_ROWS[cls], map(type, row)))
+            raise BadMessage(f"event {cls.__name__}: expected {expected}, got {got}"[:300])
+        for at, dtype in _ARRAYS[cls]:
+            if len(row[at]) % dtype.itemsize:
+                raise BadMessage(f"event {cls.__name__}: expected bytes of {dtype.name} as field {at}, got {len(row[at])} bytes")
+            row[at] = np.frombuffer(row[at], dtype)
+        events.append(tuple.__new__(cls, row[1:]))
+    return EventBatch(message[0], message[1], message[2], events)

@@ -20,7 +20,7 @@ from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, Tokens, Wor
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide, stale_number
 from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
-from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch
+from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch, same_batch
 from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
 from kvmanager.journal import Journal, fingerprint
@@ -353,8 +353,10 @@ class KVManager(Surface):
         return self.query(message)
 
     def _commit(self, batch: EventBatch, *, sync: bool = False) -> None:
+        # What is applied here is what everybody else reads: encode_batch takes nothing that would be decoded to something else.
         data = encode_batch(batch)
-        batch = decode_batch(data)  # what is applied here is what everybody else reads, to the last byte
+        if self.checked and not same_batch(decode_batch(data), batch):
+            raise InvariantBroken(f"version {batch.version}: the events decoded are not those encoded: {batch.events}"[:1000])
         if self.journal is not None:
             self.journal.append(batch.version, data, batch.now_ms, sync=sync)
         apply(self.state, batch)

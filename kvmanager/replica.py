@@ -21,6 +21,8 @@ from kvmanager.tables import BatchTables
 
 __all__ = ["AckContent", "Peer", "Pull", "Replica"]
 
+NO_PAGES = np.zeros(0, np.int32)
+
 
 class Peer(NamedTuple):
     """A worker as others see it."""
@@ -265,7 +267,11 @@ class Replica:
         return self._own(event.ids)
 
     def _on_grow_again(self, event: ev.GrownAgain) -> list[int]:
-        self.tables.grow_again()
+        self.tables.grow_again(NO_PAGES, NO_PAGES)
+        return self._own(self.tables.last_ids)
+
+    def _on_grow_further(self, event: ev.GrownFurther) -> list[int]:
+        self.tables.grow_again(event.at, event.pages)
         return self._own(self.tables.last_ids)
 
     def _on_publish(self, event: ev.PagesPublished) -> None:
@@ -359,6 +365,7 @@ _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
     ev.SequenceOpened: Replica._on_open,
     ev.SequencesGrown: Replica._on_grow,
     ev.GrownAgain: Replica._on_grow_again,
+    ev.GrownFurther: Replica._on_grow_further,
     ev.PagesPublished: Replica._on_publish,
     ev.SequenceClosed: Replica._on_close,
     ev.HandoffBegun: Replica._on_begun,

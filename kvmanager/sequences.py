@@ -62,6 +62,13 @@ class Tables:
         self.pages = np.full((64, 8), -1, np.int32)
         self.last_ids = np.zeros(0, np.int64)  # of the last grow: a step that repeats it needs no ids on the wire
         self.last_counts = np.zeros(0, np.int64)
+        self._last_rows: np.ndarray | None = None  # of last_ids, as long as none of them has been closed
+
+    def last_rows(self) -> np.ndarray | None:
+        """Rows of the sequences of the last grow; None if one of them is not open any more."""
+        if self._last_rows is None and self.known(self.last_ids).all():
+            self._last_rows = self.last_ids & _SLOT_MASK
+        return self._last_rows
 
     def rows(self, sequence_ids: np.ndarray) -> np.ndarray:
         """Rows of int64 ids; raises Unknown for the first that is not open."""
@@ -148,20 +155,34 @@ class Tables:
     def grow(self, sequence_ids: np.ndarray, counts: np.ndarray, page_counts: np.ndarray, pages: np.ndarray) -> None:
         """Lengths += counts; `page_counts[i]` of `pages` are appended to sequence i's table."""
         rows = self.rows(sequence_ids)
-        self.lengths[rows] += counts
-        self.last_ids, self.last_counts = sequence_ids, counts
-        at = 0
-        for index in np.flatnonzero(page_counts):
-            row, count = int(rows[index]), int(page_counts[index])
-            have = int(self.page_counts[row])
-            self._reserve(0, have + count)
-            self.pages[row, have : have + count] = pages[at : at + count]
-            self.page_counts[row] = have + count
-            at += count
+        self.last_ids, self.last_counts, self._last_rows = sequence_ids, counts, rows
+        self._lengthen(rows, counts)
+        if len(pages):
+            self._append(np.repeat(rows, page_counts), pages)
 
-    def grow_again(self) -> None:
-        """The same sequences by the same counts as the last grow, none of them needing a page."""
-        self.lengths[self.rows(self.last_ids)] += self.last_counts
+    def grow_again(self, at: np.ndarray, pages: np.ndarray) -> None:
+        """The same sequences by the same counts as the last grow; pages[i] is appended to the at[i]th of them, `at` ascending."""
+        rows = self.last_rows()
+        if rows is None:
+            raise InvariantBroken("grow again: a sequence of the last grow is not open any more")
+        self._lengthen(rows, self.last_counts)
+        if len(pages):
+            self._append(rows[at], pages)
+
+    def _lengthen(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        lengths = self.lengths.take(rows)
+        lengths += counts
+        self.lengths[rows] = lengths
+
+    def _append(self, rows: np.ndarray, pages: np.ndarray) -> None:
+        """One page more for each of `rows`; a row may stand there several times, one after the other."""
+        have = self.page_counts.take(rows)
+        if len(rows) > 1 and (again := rows[1:] == rows[:-1]).any():
+            for place in np.flatnonzero(again).tolist():
+                have[place + 1] = have[place] + 1
+        self._reserve(0, int(have.max()) + 1)
+        self.pages[rows, have] = pages
+        self.page_counts[rows] = have + 1  # of a row that stands there several times, the last counts
 
     def swap(self, sequence_id: int, first: int, pages: np.ndarray) -> None:
         """Replace table entries [first, first + len(pages)): published pages may be another sequence's equal ones."""
@@ -169,6 +190,7 @@ class Tables:
 
     def close(self, sequence_id: int) -> None:
         row = self.row(sequence_id)
+        self._last_rows = None
         self.pages[row, : self.page_counts[row]] = -1
         self.ids[row] = self.pools[row] = self.lengths[row] = self.page_counts[row] = 0
 

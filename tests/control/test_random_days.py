@@ -30,7 +30,7 @@ def test_the_days_were_eventful() -> None:
         for seed in SEEDS[:8]:
             _seen.update(live_through(seed, STEPS).model.seen)
     expected = (
-        "SequenceOpened SequencesGrown GrownAgain TokensAppended PagesPublished SequenceClosed PagesEvicted PagesReleased IndexDropped "
+        "SequenceOpened SequencesGrown GrownAgain GrownFurther TokensAppended PagesPublished SequenceClosed PagesEvicted PagesReleased IndexDropped "
         "WorkerJoined WorkerAcked SequencesWritten WorkerFenced WorkerDead HandoffBegun HandoffSealed HandoffReserving HandoffMoving "
         "HandoffPulled HandoffResident HandoffAborted HandoffEnded ClientAnswered "
         "placed waited cached deduplicated moving_shared aborted_prefilling aborted_reserving aborted_moving"

@@ -46,6 +46,17 @@ def grown(model: Model, event: ev.SequencesGrown, turn: Turn) -> None:
         at += page_count
 
 
+@follows(ev.GrownFurther)
+def grown_further(model: Model, event: ev.GrownFurther, turn: Turn) -> None:
+    pages: dict[int, list[int]] = {}
+    for at, page in zip(event.at.tolist(), event.pages.tolist(), strict=True):
+        pages.setdefault(at, []).append(page)
+    demand(list(pages) == sorted(pages) and len(event.pages), f"grown further: {event.at.tolist()} does not ascend")
+    for at, (sequence, count) in enumerate(model.last_grow):
+        _grow(model, sequence, count, pages.pop(at, []), turn)
+    demand(not pages, f"grown further: {list(pages)} are beyond the last growth")
+
+
 @follows(ev.GrownAgain)
 def grown_again(model: Model, event: ev.GrownAgain, turn: Turn) -> None:
     for sequence, count in model.last_grow:

@@ -1,0 +1,125 @@
+"""Growth: running sequences get slots for more tokens, and pages where their last one is full.
+
+A steady decode step grows the same sequences as the step before by the same counts. `grow_same` decides it with a handful of numpy calls
+for the whole batch, whatever is in it; it declines what is out of the ordinary, and `decide` then looks at each sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvmanager import events as ev
+from kvmanager.commands import Step
+from kvmanager.draft import Draft
+from kvmanager.handoff import HandoffState
+from kvmanager.state import State
+
+__all__ = ["apply_grown", "apply_grown_again", "apply_grown_further", "grow_same"]
+
+NONE = np.zeros(0, np.int32)
+
+
+def grow_same(draft: Draft, command: Step) -> bool:
+    """Decide the growth if it repeats the last one and everybody gets theirs. False: nothing was decided."""
+    state, tables = draft.state, draft.state.tables
+    if draft.closed:
+        return False
+    ids, counts = command.grow, command.grow_counts
+    if ids is not tables.last_ids and not np.array_equal(ids, tables.last_ids):
+        return False
+    if counts is not tables.last_counts and not np.array_equal(counts, tables.last_counts):
+        return False
+    rows = tables.last_rows()
+    if rows is None:
+        return False
+    growing: dict[int, None] = {}
+    if state.handoffs or command.hand_off:
+        growing = dict.fromkeys(ids.tolist())
+        for handoff in state.handoffs.values():
+            if (
+                handoff.sequence_id in growing
+                and handoff.state is not HandoffState.PREFILLING
+                and handoff.state is not HandoffState.ABORTED
+            ):
+                return False
+    lengths = tables.lengths.take(rows)
+    lengths += counts
+    if np.maximum.reduce(lengths) > state.config.sequence_tokens_max:
+        return False
+    pools = tables.pools.take(rows) if len(state.pools) > 1 else None
+    sizes: Any = state.pools[0].page_size if pools is None else np.array([pool.page_size for pool in state.pools], np.int64)[pools]
+    room = tables.page_counts.take(rows)
+    room *= sizes
+    room -= lengths
+    at = (room < 0).nonzero()[0]
+    if not len(at):
+        draft.events.append(ev.GrownAgain())
+        draft.grown.update(growing)
+        return True
+    needed = -(room[at] // (sizes if pools is None else sizes[at]))  # -1 // 64 is -1: one page
+    if not _fits(draft, tables.page_counts[rows[at]] + needed, None if pools is None else pools[at]):
+        return False
+    if np.maximum.reduce(needed) > 1:
+        at = at.repeat(needed)
+    pages = _take(draft, at, None if pools is None else pools[at])
+    if pages is None:
+        return False
+    draft.events.append(ev.GrownFurther(at.astype(np.int32), pages))
+    draft.grown.update(growing)
+    return True
+
+
+def _fits(draft: Draft, totals: np.ndarray, pools: np.ndarray | None) -> bool:
+    """Whether sequences of so many pages could ever be in their pools."""
+    if pools is None:
+        return bool(np.maximum.reduce(totals) <= draft.state.pools[0].num_pages)
+    return bool((totals <= np.array([pool.num_pages for pool in draft.state.pools])[pools]).all())
+
+
+def _take(draft: Draft, at: np.ndarray, pools: np.ndarray | None) -> np.ndarray | None:
+    """One page for each of `at`, in that order; None if a pool has not got them all."""
+    if pools is None:
+        only = draft.pool(0)
+        return only.take(len(at)) if only.can_take(len(at)) == len(at) else None
+    wanted = [(int(pool), pools == pool) for pool in np.unique(pools)]
+    for pool, mask in wanted:
+        count = int(np.count_nonzero(mask))
+        if draft.pool(pool).can_take(count) < count:
+            return None
+    pages = np.empty(len(at), np.int32)
+    for pool, mask in wanted:
+        pages[mask] = draft.pool(pool).take(int(np.count_nonzero(mask)))
+    return pages
+
+
+# --- apply -----------------------------------------------------------------------------------------------------------------------
+
+
+def _hand_out(state: State, rows: np.ndarray, pages: np.ndarray) -> None:
+    """pages[i] gets its first owner in the pool of table row rows[i]."""
+    pools = state.tables.pools.take(rows)
+    first = int(pools[0])
+    if len(state.pools) == 1 or (pools == first).all():
+        state.pools[first].take(pages)
+        return
+    for pool in np.unique(pools).tolist():
+        state.pools[pool].take(pages[pools == pool])
+
+
+def apply_grown(state: State, event: ev.SequencesGrown) -> None:
+    if len(event.pages):
+        _hand_out(state, np.repeat(state.tables.rows(event.ids), event.page_counts), event.pages)
+    state.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
+
+
+def apply_grown_again(state: State, event: ev.GrownAgain) -> None:
+    state.tables.grow_again(NONE, NONE)
+
+
+def apply_grown_further(state: State, event: ev.GrownFurther) -> None:
+    rows = state.tables.last_rows()
+    if rows is not None:  # otherwise the tables say what is wrong
+        _hand_out(state, rows[event.at], event.pages)
+    state.tables.grow_again(event.at, event.pages)
