@@ -21,6 +21,7 @@ from kvmanager.client import KVClient
 from kvmanager.config import ManagerConfig, config_from_mapping
 from kvmanager.errors import InvalidValue, KVError
 from kvmanager.manager import KVManager
+from kvmanager.replay.command import replay
 from kvmanager.server import Server
 
 __all__ = ["default_address", "load_config", "main"]
@@ -158,6 +159,9 @@ def demo(ctx: click.Context) -> None:
         click.echo(f"kvmanager: the demo needs {error.name}: pip install 'kvmanager[demo]'", err=True)
         ctx.exit(2)
     sys.exit(run_demo(ctx.args, standalone_mode=True, prog_name="kvmanager demo"))
+
+
+main.add_command(replay)
 
 
 if __name__ == "__main__":
