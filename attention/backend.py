@@ -56,6 +56,16 @@ class MLABackend:
 
             self._cuda = CudaPath(memory, num_heads, self.softmax_scale, self.limits)
 
+    @property
+    def kernel(self) -> str:
+        """What decode and prefill run on: "hopper" (mla_decode_hopper.py), "triton" (mla_decode.py) or "torch"."""
+        return "torch" if self._cuda is None else self._cuda.kernel
+
+    @property
+    def why(self) -> str:
+        """Why that kernel and not another, in a sentence."""
+        return "the pages are not on a CUDA device" if self._cuda is None else self._cuda.why
+
     def plan(self, tables: BatchTables, query_lens: Sequence[int] | np.ndarray, *, graph_batch: int | None = None) -> Plan:
         """Plan one step. Rows of one query token come first, then those of several.
 
@@ -98,7 +108,7 @@ class MLABackend:
         if count == 0:
             return out, lse
         if self._cuda is not None:
-            self._cuda.attend(plan, is_decode, pages, q, out, lse)
+            self._cuda.attend(plan, is_decode, layer, q, out, lse)
         else:
             torch_path.attend_rows(plan, is_decode, pages, q, self.softmax_scale, out, lse)
         return out, lse

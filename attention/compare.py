@@ -119,12 +119,19 @@ def assert_close(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor) -
         raise AssertionError(f"out: cosine difference {cosine:.2e}, expected at most {OUT_COSINE}")
 
 
-def run_kernels(problem: Problem, layer: int, tile: Tile, num_programs: int, causal: bool = True) -> tuple[Tensor, Tensor]:
-    """The attention and merge kernels alone, over the problem's own page tables, garbage entries included; all outputs poisoned first."""
+def run_kernels(problem: Problem, layer: int, tile: Tile | None, num_programs: int, causal: bool = True) -> tuple[Tensor, Tensor]:
+    """The attention and merge kernels alone, over the problem's own page tables, garbage entries included; all outputs poisoned first.
+
+    tile: of the plain kernel; None runs the Hopper kernel."""
     from kvmanager.kernels import mla_decode, mla_merge
 
     q, pages, tables = problem.q[layer], problem.memory.layer(layer), problem.tables
-    shape = Shape(q.shape[1], tile.block_rows, tile.block_tokens, num_programs)
+    if tile is None:
+        from kvmanager.attention.cuda_path import hopper_shape
+
+        shape = hopper_shape(q.shape[1], num_programs)
+    else:
+        shape = Shape(q.shape[1], tile.block_rows, tile.block_tokens, num_programs)
     lengths, counts, starts = tables.lengths.astype(np.int64), np.array(problem.query_lens, np.int64), tables.page_indptr[:-1]
     if (counts == 1).all():
         work = decode_work(shape, starts, lengths)
@@ -135,9 +142,15 @@ def run_kernels(problem: Problem, layer: int, tile: Tile, num_programs: int, cau
     )
     rank = problem.memory.layout.kv_lora_rank
     out, lse = poisoned((*q.shape[:2], rank), q.dtype, q.device), poisoned(tuple(q.shape[:2]), torch.float32, q.device)
-    partials = (max(work.num_partials, 1), tile.block_rows)
+    partials = (max(work.num_partials, 1), shape.block_rows)
     partial_out, partial_lse = poisoned((*partials, rank), torch.float32, q.device), poisoned(partials, torch.float32, q.device)
-    mla_decode.attend(q, pages, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, tile, causal)
+    if tile is None:
+        from kvmanager.kernels import mla_decode_hopper as hopper
+
+        described = hopper.describe_pages(pages, rank)
+        hopper.attend(q, described, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, causal)
+    else:
+        mla_decode.attend(q, pages, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, tile, causal)
     mla_merge.merge(partial_out, partial_lse, merges, out, lse)
     return out, lse
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvmanager.attention.choice import choose_kernel
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.plan import Limits, Plan
 from kvmanager.attention.staging import DevicePlan, Staging
@@ -12,7 +13,14 @@ from kvmanager.attention.work import Shape
 from kvmanager.errors import WrongState
 from kvmanager.kernels import latent_write, mla_decode, mla_merge
 
-__all__ = ["CudaPath"]
+__all__ = ["CudaPath", "hopper_shape"]
+
+
+def hopper_shape(num_heads: int, num_programs: int) -> Shape:
+    """What a work list for the Hopper kernel is cut for."""
+    from kvmanager.kernels import mla_decode_hopper as hopper
+
+    return Shape(num_heads, hopper.BLOCK_ROWS, hopper.BLOCK_TOKENS, num_programs, split_tiles_min=1, whole_tiles=3)
 
 
 class CudaPath:
@@ -20,18 +28,27 @@ class CudaPath:
 
     def __init__(self, memory: PageMemory, num_heads: int, scale: float, limits: Limits) -> None:
         layout, device = memory.layout, memory.device
-        self._rank, self._scale = layout.kv_lora_rank, scale
+        self._memory, self._rank, self._scale = memory, layout.kv_lora_rank, scale
         properties = torch.cuda.get_device_properties(device)
         arch = properties.major * 10 + properties.minor
-        dtype = memory.pages.dtype
-        tiles = [
-            mla_decode.choose_tile(num_heads, layout.kv_lora_rank, layout.qk_rope_head_dim, dtype, arch, several)
-            for several in (False, True)
-        ]
-        self._decode_tile, self._prefill_tile = tiles
-        shapes = [
-            Shape(num_heads, tile.block_rows, tile.block_tokens, tile.programs_per_sm * properties.multi_processor_count) for tile in tiles
-        ]
+        self.kernel, self.why = choose_kernel(layout, arch, mla_decode.TRITON_VERSION)
+        if self.kernel == "hopper":
+            from kvmanager.kernels import mla_decode_hopper
+
+            # Made here, once: what TMA must know of a layer's pages never changes, and nothing is made on the step path.
+            self._pages = [mla_decode_hopper.describe_pages(memory.layer(index), self._rank) for index in range(layout.num_layers)]
+            shapes = [hopper_shape(num_heads, properties.multi_processor_count)] * 2
+        else:
+            dtype = memory.pages.dtype
+            self._tiles = [
+                mla_decode.choose_tile(num_heads, layout.kv_lora_rank, layout.qk_rope_head_dim, dtype, arch, several)
+                for several in (False, True)
+            ]
+            shapes = [
+                Shape(num_heads, tile.block_rows, tile.block_tokens, tile.programs_per_sm * properties.multi_processor_count)
+                for tile in self._tiles
+            ]
+        self._shapes = shapes
         self._staging = Staging(limits, shapes[0], shapes[1], device)
         rows = max(shape.partials_max * shape.block_rows for shape in shapes)
         self._partial_out = torch.empty(rows * layout.kv_lora_rank, dtype=torch.float32, device=device)
@@ -43,12 +60,21 @@ class CudaPath:
     def write(self, plan: Plan, pages: Tensor, latent: Tensor) -> None:
         latent_write.write_latent(latent, _device_plan(plan).slots, pages, self._rank)
 
-    def attend(self, plan: Plan, is_decode: bool, pages: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    def attend(self, plan: Plan, is_decode: bool, layer: int, q: Tensor, out: Tensor, lse: Tensor) -> None:
         device = _device_plan(plan)
-        work, tile = (device.decode, self._decode_tile) if is_decode else (device.prefill, self._prefill_tile)
-        partial_out = self._partial_out.view(-1, tile.block_rows, self._rank)
-        partial_lse = self._partial_lse.view(-1, tile.block_rows)
-        mla_decode.attend(q, pages, device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale, tile)
+        kind = 0 if is_decode else 1
+        work = device.decode if is_decode else device.prefill
+        partial_out = self._partial_out.view(-1, self._shapes[kind].block_rows, self._rank)
+        partial_lse = self._partial_lse.view(-1, self._shapes[kind].block_rows)
+        if self.kernel == "hopper":
+            from kvmanager.kernels import mla_decode_hopper
+
+            mla_decode_hopper.attend(
+                q, self._pages[layer], device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale
+            )
+        else:
+            pages, tile = self._memory.layer(layer), self._tiles[kind]
+            mla_decode.attend(q, pages, device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale, tile)
         mla_merge.merge(partial_out, partial_lse, work.merges, out, lse)
 
 

@@ -23,12 +23,14 @@ SPLIT_TILES_MIN = 2  # no split is shorter: merging it would cost more than it s
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a work list is cut for: the kernel's tile, the heads, and how many programs run at once."""
+    """What a work list is cut for: the kernel's tile, the heads, how many programs run at once, and what cutting costs."""
 
     num_heads: int
     block_rows: int
     block_tokens: int
     num_programs: int
+    split_tiles_min: int = SPLIT_TILES_MIN
+    whole_tiles: int = 0  # nothing is cut if that makes no lane longer than its share by more than this: a merge costs about as much
 
     @property
     def blocks_per_token(self) -> int:
@@ -56,19 +58,35 @@ class WorkList:
     num_partials: int
 
 
-def _cut(tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _whole(ends: np.ndarray, lanes: int, most: int) -> np.ndarray | None:
+    """The lane of each unit if units in order, none cut, fit into lanes of at most `most`; ends: where each unit ends on the line."""
+    lane, begin, first = np.empty(len(ends), np.int64), 0, 0
+    for index in range(lanes):
+        last = int(np.searchsorted(ends, begin + most, side="right"))
+        lane[first:last] = index
+        if last == len(ends):
+            return lane
+        if last == first:
+            return None
+        begin, first = int(ends[last - 1]), last
+    return None
+
+
+def _cut(shape: Shape, tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Cut units of `tiles` tiles each into pieces: unit, first tile, end tile and lane of each piece, in order."""
     cost = tiles + OVERHEAD_TILES
     ends = np.cumsum(cost)
-    share = max(div_ceil(int(ends[-1]), lanes), SPLIT_TILES_MIN)
+    share = max(div_ceil(int(ends[-1]), lanes), shape.split_tiles_min)
+    if shape.whole_tiles and (whole := _whole(ends, lanes, share + shape.whole_tiles)) is not None:
+        return np.arange(len(tiles)), np.zeros(len(tiles), np.int64), tiles, whole
     cut = np.arange(share, min(share * lanes, int(ends[-1])), share, dtype=np.int64)  # lanes - 1 of them at most
     unit = np.searchsorted(ends, cut, side="right")
     tile = cut - (ends - cost)[unit] - OVERHEAD_TILES
-    tile[tile < SPLIT_TILES_MIN] = 0
+    tile[tile < shape.split_tiles_min] = 0
     starts = (
         ends - cost - np.arange(len(tiles)) * (OVERHEAD_TILES - 1)
     )  # of units, when each takes tiles + 1: one of no tiles has a place too
-    at_end = tiles[unit] - tile < SPLIT_TILES_MIN
+    at_end = tiles[unit] - tile < shape.split_tiles_min
     place = np.where(at_end, starts[unit] + tiles[unit] + 1, starts[unit] + tile)  # a cut near a unit's end is at the next one's start
 
     pieces = np.sort(np.concatenate([starts, place[place < starts[-1] + tiles[-1] + 1]]))
@@ -86,7 +104,7 @@ def _work(shape: Shape, group: int, lanes: int, num_programs: int, units: np.nda
             np.zeros(num_programs + 1, np.int32), np.zeros((0, ITEM_FIELDS), np.int32), np.zeros((0, MERGE_FIELDS), np.int32), 0
         )
     tiles = -(-units[:, 5] // shape.block_tokens)
-    unit, begin, end, lane = _cut(tiles, lanes)
+    unit, begin, end, lane = _cut(shape, tiles, lanes)
     pieces = np.bincount(unit, minlength=len(units))
     first_piece = np.cumsum(pieces) - pieces
     split = pieces > 1

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["ITEM_FIELDS", "Tile", "attend", "choose_tile"]
+__all__ = ["ITEM_FIELDS", "TRITON_VERSION", "Tile", "attend", "choose_tile"]
 
+TRITON_VERSION = triton.__version__
 ITEM_FIELDS = 8  # int32: page_start, first_token, query_len, length, row, begin, end, partial slot or -1
 
 

@@ -82,3 +82,11 @@ def test_full_batch_keeps_the_head_blocks_of_a_sequence_side_by_side() -> None:
     for even in range(0, 132, 2):
         left, right = (work.items[work.programs[at] : work.programs[at + 1]] for at in (even, even + 1))
         assert (left[:, [0, 1, 5, 6]] == right[:, [0, 1, 5, 6]]).all() and (right[:, 4] - left[:, 4] == 64).all()
+
+
+def test_nothing_is_cut_when_whole_sequences_fill_the_lanes_as_well() -> None:
+    """128 equal sequences on 66 lanes: two a lane, and no merge; one sequence more than that is cut again."""
+    shape = Shape(128, 64, 128, 132, split_tiles_min=1, whole_tiles=3)
+    whole = decode_work(shape, np.arange(128) * 64, np.full(128, 4096))
+    assert whole.num_partials == 0 and not len(whole.merges) and np.diff(whole.programs).max() == 2
+    assert decode_work(shape, np.arange(140) * 64, np.full(140, 4096)).num_partials > 0

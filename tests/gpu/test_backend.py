@@ -7,7 +7,7 @@ from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import Problem, check_attention, make_problem
 from kvmanager.attention.layout import LatentLayout
 
-DIMS = [(512, 64), (256, 32), (512, 32), (80, 48), (336, 16)]
+DIMS = [(512, 64), (256, 32), (256, 64), (512, 32), (128, 32), (448, 64), (80, 48), (336, 16), (48, 16)]
 
 
 def backend_for(problem: Problem) -> MLABackend:
@@ -31,7 +31,7 @@ def test_step_equals_the_reference(rank: int, rope: int, page_size: int, dtype: 
     layout = LatentLayout(rank, rope, 2, page_size, dtype)
     lengths = [1, 0, page_size - 1, page_size, page_size + 1, 777, 5000, 2, 65, 300, 1500]
     query_lens = [1] * 7 + [2, 65, 33, 4]
-    for heads in (1, 3, 16, 17, 63, 128):
+    for heads in (1, 3, 8, 9, 16, 17, 40, 63, 64, 96, 126, 128):
         problem = make_problem(layout, lengths, query_lens, heads, "cuda", seed=heads + page_size + rank)
         run_step(problem, backend_for(problem))
 

@@ -1,0 +1,41 @@
+"""Which attention kernel a CUDA device gets. A table: by architecture, dimensions, dtype and Triton's version, never by timing or batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvmanager.attention.layout import LatentLayout
+
+__all__ = ["Choice", "choose_kernel"]
+
+HOPPER_ARCH = 90  # wgmma exists there and nowhere else
+HOPPER_RANKS = (65, 512)  # two warpgroups' registers hold 64 rows of 512; a narrower half than 64 columns is no swizzled tile
+HOPPER_ROPE_MAX = 64  # probabilities take the place of a tile's rotary keys in shared memory
+TRITON_VERSIONS = ((3, 6), (3, 10))  # from, and before: Gluon is experimental, and these are the versions the kernel is compiled under
+
+
+class Choice(NamedTuple):
+    """kernel: "hopper" or "triton"; why: the reason, for people."""
+
+    kernel: str
+    why: str
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def choose_kernel(layout: LatentLayout, arch: int, triton_version: str) -> Choice:
+    """arch: compute capability times ten (90 is Hopper)."""
+    low, high = HOPPER_RANKS
+    if arch != HOPPER_ARCH:
+        return Choice("triton", f"architecture sm_{arch}: the Hopper kernel needs sm_{HOPPER_ARCH}")
+    if layout.dtype not in ("bfloat16", "float16"):
+        return Choice("triton", f"dtype {layout.dtype}: the Hopper kernel takes bfloat16 and float16")
+    if not low <= layout.kv_lora_rank <= high:
+        return Choice("triton", f"kv_lora_rank {layout.kv_lora_rank}: the Hopper kernel takes {low} to {high}")
+    if layout.qk_rope_head_dim > HOPPER_ROPE_MAX:
+        return Choice("triton", f"qk_rope_head_dim {layout.qk_rope_head_dim}: the Hopper kernel takes at most {HOPPER_ROPE_MAX}")
+    if not TRITON_VERSIONS[0] <= _version(triton_version) < TRITON_VERSIONS[1]:
+        return Choice("triton", f"Triton {triton_version}: the Hopper kernel is compiled under 3.6 to 3.9")
+    return Choice("hopper", f"sm_{arch}, {layout.kv_lora_rank} + {layout.qk_rope_head_dim}, {layout.dtype}, Triton {triton_version}")

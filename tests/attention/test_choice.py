@@ -1,0 +1,32 @@
+"""Which attention kernel a device gets, and what is said about it."""
+
+import pytest
+
+from kvmanager.attention.choice import choose_kernel
+from kvmanager.attention.layout import LatentLayout
+
+
+@pytest.mark.parametrize("rank,rope", [(512, 64), (448, 64), (256, 32), (128, 16), (80, 48)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.6.1+git12", "3.9.0"])
+def test_hopper_cards_get_the_hopper_kernel(rank: int, rope: int, dtype: str, version: str) -> None:
+    assert choose_kernel(LatentLayout(rank, rope, 1, 16, dtype), 90, version).kernel == "hopper"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "layout,arch,version,word",
+    [
+        (LatentLayout(512, 64, 1), 80, "3.6.0", "sm_80"),
+        (LatentLayout(512, 64, 1), 100, "3.6.0", "sm_100"),
+        (LatentLayout(512, 64, 1, dtype="float32"), 90, "3.6.0", "float32"),
+        (LatentLayout(576, 64, 1), 90, "3.6.0", "576"),
+        (LatentLayout(64, 64, 1), 90, "3.6.0", "64"),
+        (LatentLayout(512, 128, 1), 90, "3.6.0", "128"),
+        (LatentLayout(512, 64, 1), 90, "3.5.1", "3.5.1"),
+        (LatentLayout(512, 64, 1), 90, "3.10.0", "3.10.0"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_all_else_gets_the_plain_kernel_and_the_reason(layout: LatentLayout, arch: int, version: str, word: str) -> None:
+    choice = choose_kernel(layout, arch, version)
+    assert choice.kernel == "triton" and word in choice.why
