@@ -211,6 +211,7 @@ class Ack:
 
     ids, tokens   int64 [n]: sequence ids[i] is written up to tokens[i]
     pulled        handoff ids whose pages have arrived and were verified
+    epoch         the life of the manager that the worker follows (see Replica); 0 says that it has followed but one
     """
 
     worker: int
@@ -218,9 +219,11 @@ class Ack:
     ids: Any = ()
     tokens: Any = ()
     pulled: Any = ()
+    epoch: int = 0
 
     def __post_init__(self) -> None:
         check_int("ack.worker", self.worker, 1, INT64_MAX)
+        check_int("ack.epoch", self.epoch, 0, INT64_MAX)
         check_int("ack.version", self.version, 0, INT64_MAX)
         ids, tokens = _as_ids("ack.ids", self.ids), _as_ints("ack.tokens", self.tokens, "<i8", 0, 1 << 24)
         if len(ids) != len(tokens):
@@ -232,11 +235,16 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class WorkerGone:
-    """The worker is known to touch nothing any more: its process was reaped, or it drained. A silent one is not known to be gone."""
+    """The worker is known to touch nothing any more: its process was reaped, or it drained. A silent one is not known to be gone.
+
+    epoch  a life of the manager in which the worker had this id; 0 is not checked
+    """
 
     worker: int
+    epoch: int = 0
 
     def __post_init__(self) -> None:
+        check_int("gone.epoch", self.epoch, 0, INT64_MAX)
         check_int("gone.worker", self.worker, 1, INT64_MAX)
 
 

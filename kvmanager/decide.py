@@ -12,6 +12,7 @@ import msgpack
 import numpy as np
 
 from kvmanager import events as ev
+from kvmanager import lives
 from kvmanager.admission import admit, check_ready
 from kvmanager.commands import Ack, Command, Join, Step, Tick, WorkerGone
 from kvmanager.draft import Draft
@@ -89,11 +90,12 @@ def _join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, An
         raise WrongState("pool", pool.name, "an empty pool for a worker with fresh memory", "cached pages or open sequences")
     lease_ms = command.lease_ms or state.config.lease_ms
     draft.events.append(ev.WorkerJoined(state.next_worker, command.name, pool.index, command.layout, command.memory, lease_ms))
-    return {"worker": state.next_worker, "lease_ms": lease_ms}
+    return {"worker": state.next_worker, "lease_ms": lease_ms, "epoch": state.epoch}
 
 
 def _ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]:
     state = draft.state
+    lives.check_ack(state, command.epoch, command.version)
     worker = state.worker(command.worker)
     if command.version > state.version:
         raise InvalidValue("ack.version", f"at most {state.version}, the newest there is", command.version)
@@ -118,6 +120,7 @@ def _ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]
 
 
 def _gone(draft: Draft, command: WorkerGone, now_ms: int, client: int) -> dict[str, Any]:
+    lives.check_epoch(draft.state, command.epoch)
     worker = draft.state.workers.get(command.worker)
     if worker is None:
         raise Unknown("worker", command.worker)
@@ -327,7 +330,8 @@ def _pulled(draft: Draft, handoff_id: int, worker: int, pool: int) -> None:
     if handoff is None or handoff.state is not HandoffState.MOVING or handoff.target != pool or worker in handoff.pulled:
         return
     draft.events.append(ev.HandoffPulled(handoff_id, worker))
-    if all(each in handoff.pulled or each == worker for each in draft.live_workers(pool)):
+    everywhere = all(each in handoff.pulled or each == worker for each in draft.live_workers(pool))
+    if everywhere and lives.is_current(draft, handoff.source):
         draft.events.append(ev.HandoffResident(handoff_id))
 
 
@@ -339,6 +343,8 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
         if sequence_id in draft.grown or draft.written_tokens(sequence) < state.tables.length(sequence_id):
             return
         draft.events.append(ev.HandoffSealed(handoff_id))
+    if not lives.is_current(draft, sequence.pool):
+        return
     length = state.tables.length(sequence_id)
     pool = state.pools[target]
     total = int(state.tables.page_counts[state.tables.row(sequence_id)])
@@ -377,6 +383,7 @@ def _settle_handoffs(draft: Draft) -> None:
     for handoff in state.handoffs.values():
         if handoff.state is HandoffState.ABORTED and draft.acked(handoff.target) >= handoff.version:
             draft.events.append(ev.HandoffEnded(handoff.handoff_id))
+    lives.settle_pulled(draft)
     waiting = (HandoffState.PREFILLING, HandoffState.SEALED, HandoffState.RESERVING)
     for handoff in state.handoffs.values():
         if handoff.state in waiting and handoff.handoff_id not in draft.aborted:

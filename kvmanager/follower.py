@@ -8,7 +8,7 @@ import zmq
 
 from kvmanager import wire
 from kvmanager.client import KVClient
-from kvmanager.errors import BadMessage, ManagerUnreachable, ReplicaGap
+from kvmanager.errors import BadMessage, ManagerUnreachable, ReplicaGap, StaleEpoch
 from kvmanager.replica import Replica
 
 __all__ = ["Follower"]
@@ -19,7 +19,8 @@ class Follower:
 
     client   connection used for snapshots
     replica  what to feed
-    resyncs  how often a gap, a restart of the manager or a differing digest led to a new snapshot
+    catch_ups  how often a gap or a restart of the manager was mended with the batches that were missing
+    resyncs    how often that was not possible, or a digest differed, and a new snapshot was loaded
 
     `socket` may be put into the caller's poller; call `poll(0)` when it is readable. Raises ManagerUnreachable.
     """
@@ -28,6 +29,7 @@ class Follower:
         self.client = client
         self.replica = replica
         self.timeout_ms = timeout_ms
+        self.catch_ups = 0
         self.resyncs = -1  # the first snapshot is none
         self.heard_at = time.monotonic()
         hello = client.hello()
@@ -50,14 +52,30 @@ class Follower:
         self._context.term()
 
     def _synchronise(self) -> None:
-        """Wait for proof that the subscription is live, then load a snapshot: nothing newer than it can have been missed."""
+        """Wait for proof that the subscription is live, then take in what is missing, or a snapshot: nothing newer can have been missed."""
         deadline = time.monotonic() + self.timeout_ms / 1000
         while not self.socket.poll(20, zmq.POLLIN):
             if time.monotonic() > deadline:
                 raise ManagerUnreachable(f"manager: expected a publication within {self.timeout_ms} ms, got none")
             self.client.hello()
+        if self._catch_up():
+            self.catch_ups += 1
+            return
         self.replica.load(self.client.tables_snapshot())
         self.resyncs += 1
+
+    def _catch_up(self) -> bool:
+        """Feed the batches between what the replica knows and what the manager does; whether the manager still has them."""
+        replica = self.replica
+        if not replica.epoch or replica.differs:
+            return False
+        try:
+            while batches := self.client.batches_since(replica.epoch, replica.known):
+                for data in batches:
+                    replica.feed(data)
+        except (ReplicaGap, StaleEpoch):
+            return False
+        return True
 
     def poll(self, timeout_ms: int = 0) -> bool:
         """Take in whatever has been published, waiting up to `timeout_ms` for the first; whether anything came."""

@@ -13,10 +13,23 @@ import numpy as np
 
 from kvmanager import events as ev
 from kvmanager.config import ManagerConfig
+from kvmanager.draft import Draft
 from kvmanager.errors import JournalMismatch, StaleEpoch
+from kvmanager.handoff import HandoffState
 from kvmanager.state import State
 
-__all__ = ["LIVES_MAX", "RECORDS_UNSYNCED_MAX", "begin_life", "check_ack", "check_epoch", "first_version", "follows", "in_log"]
+__all__ = [
+    "LIVES_MAX",
+    "RECORDS_UNSYNCED_MAX",
+    "begin_life",
+    "check_ack",
+    "check_epoch",
+    "first_version",
+    "follows",
+    "in_log",
+    "is_current",
+    "settle_pulled",
+]
 
 _STRIDE = 1_000_000
 RECORDS_UNSYNCED_MAX = _STRIDE - 1  # the journal syncs at the latest then
@@ -107,6 +120,24 @@ def in_log(state: State, epoch: int, version: int) -> bool:
     return last is not None and version <= last
 
 
+def is_current(draft: Draft, pool: int) -> bool:
+    """Whether every worker of the pool has acknowledged this life. Until then one may have acted on versions that were lost, so nobody
+    may go on with a copy of what is in its pages."""
+    return draft.acked(pool) >= draft.state.begun
+
+
+def settle_pulled(draft: Draft) -> None:
+    """Handoffs that were pulled before their source acknowledged this life are resident once it has."""
+    state = draft.state
+    if not state.begun:
+        return
+    for handoff in state.handoffs.values():
+        if handoff.state is not HandoffState.MOVING or not handoff.pulled or handoff.handoff_id in draft.aborted:
+            continue
+        if all(each in handoff.pulled for each in draft.live_workers(handoff.target)) and is_current(draft, handoff.source):
+            draft.events.append(ev.HandoffResident(handoff.handoff_id))
+
+
 def check_epoch(state: State, epoch: int) -> None:
     """Raises StaleEpoch unless `epoch` is the current life or a remembered one of this log; 0 is not checked."""
     if epoch and epoch != state.epoch and epoch not in state.past:
@@ -116,7 +147,7 @@ def check_epoch(state: State, epoch: int) -> None:
 def check_ack(state: State, epoch: int, version: int) -> None:
     """Raises StaleEpoch if whoever finished `version` in the life `epoch` has seen what this log does not hold."""
     check_epoch(state, epoch)
-    known = in_log(state, epoch, version) if epoch else True
+    known = in_log(state, epoch, version) if epoch not in (0, state.epoch) else True
     if known and state.past and version < state.begun:
         # The end of an earlier life may have been lost with its host: such a version is no version of this log.
         known = not any(last < version < first_version(last) for last in state.past.values())

@@ -26,7 +26,7 @@ from kvmanager.invariants import check_invariants
 from kvmanager.journal import Journal, fingerprint
 from kvmanager.lives import begin_life
 from kvmanager.queries import answer
-from kvmanager.recovery import LogTail, Recovered, recover
+from kvmanager.recovery import LogTail, Recovered, batches_since, recover
 from kvmanager.snapshot import snapshot
 from kvmanager.state import Notice, State
 
@@ -88,6 +88,7 @@ class Surface:
     """The methods that the embedded manager and the client have in common. Subclasses carry commands and keep `notices` flowing."""
 
     def __init__(self) -> None:
+        self._epochs: dict[int, int] = {}  # worker that joined through here -> the manager's life it did so in
         self.notices: list[Notice] = []  # delivered with replies to other calls than `step`; the next `step` hands them on
 
     def _execute(self, command: Command) -> dict[str, Any]:
@@ -174,15 +175,31 @@ class Surface:
 
     def join(self, name: str, pool: str, layout: str, *, memory: bytes = b"", lease_ms: int = 0) -> int:
         """A worker with fresh memory joins a pool; gives its id. Raises LayoutMismatch, WrongState, Unknown (pool), TooMany."""
-        return self._run(Join(name, pool, layout, memory, lease_ms))["worker"]
+        reply = self._run(Join(name, pool, layout, memory, lease_ms))
+        self._epochs[reply["worker"]] = reply["epoch"]
+        return reply["worker"]
 
-    def ack(self, worker: int, version: int, *, ids: Any = (), tokens: Any = (), pulled: Any = ()) -> int:
-        """A worker reports what it finished; see `commands.Ack`. Raises Fenced if its lease ended."""
-        return self._run(Ack(worker, version, ids, tokens, pulled))["version"]
+    def epoch_of(self, worker: int) -> int:
+        """The life of the manager in which the worker joined through this object, 0 if it did not: for `worker_gone` by somebody else."""
+        return self._epochs.get(worker, 0)
 
-    def worker_gone(self, worker: int) -> list[int]:
-        """The worker's process is known dead, or it drained; gives the sequences that are lost with it. Raises Unknown."""
-        return self._run(WorkerGone(worker))["lost"]
+    def ack(self, worker: int, version: int, *, ids: Any = (), tokens: Any = (), pulled: Any = (), epoch: int = 0) -> int:
+        """A worker reports what it finished; see `commands.Ack`. `epoch` is 0 for that in which it joined through this object.
+
+        Raises Fenced if its lease ended, StaleEpoch if the manager does not continue what the worker has followed: drain, join again.
+        """
+        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker)))["version"]
+
+    def worker_gone(self, worker: int, *, epoch: int = 0) -> list[int]:
+        """The worker's process is known dead, or it drained; gives the sequences that are lost with it.
+
+        epoch  a life of the manager in which the worker had this id, 0 is not checked unless it joined through this object
+
+        Raises Unknown, StaleEpoch.
+        """
+        lost = self._run(WorkerGone(worker, epoch or self.epoch_of(worker)))["lost"]
+        self._epochs.pop(worker, None)
+        return lost
 
     # --- for whoever asks ----------------------------------------------------------------------------------------------------
 
@@ -193,6 +210,13 @@ class Surface:
     def snapshot(self) -> bytes:
         """The manager's state as the bytes of one event batch."""
         return self._ask({"t": "snapshot"})["snapshot"]
+
+    def batches_since(self, epoch: int, version: int) -> list[bytes]:
+        """Batches after `version`, which a reader of the life `epoch` has applied: oldest first, a part at a time, none at the end.
+
+        Raises ReplicaGap if some are gone, StaleEpoch if it has seen what the manager's log does not hold: it has to take a snapshot.
+        """
+        return self._ask({"t": "batches", "epoch": epoch, "version": version})["batches"]
 
     def tables_snapshot(self) -> bytes:
         """The part of the manager's state that a replica starts from: tables, workers, handoffs."""
@@ -343,6 +367,8 @@ class KVManager(Surface):
     def query(self, message: dict[str, Any]) -> dict[str, Any]:
         """Answer a client's query; see `queries.answer`. Raises KVError."""
         try:
+            if message.get("t") == "batches":
+                return {"batches": batches_since(self.state, self.tail, message)}
             return answer(self.state, message, self.now())
         except (KVError, InvariantBroken):
             raise

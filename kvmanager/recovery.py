@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from kvmanager.apply import apply
-from kvmanager.config import ManagerConfig
-from kvmanager.errors import BadMessage, InvariantBroken, JournalCorrupt
+from kvmanager.config import ManagerConfig, check_int
+from kvmanager.errors import BadMessage, InvariantBroken, JournalCorrupt, ReplicaGap, StaleEpoch
 from kvmanager.events import decode_batch
 from kvmanager.journal import Journal, Segment
-from kvmanager.lives import check_ack, in_log
+from kvmanager.lives import check_ack
 from kvmanager.snapshot import load_snapshot
 from kvmanager.state import State
 
-__all__ = ["LogTail", "Recovered", "recover", "replay"]
+__all__ = ["LogTail", "Recovered", "batches_since", "recover", "replay"]
 
 
 class LogTail:
@@ -98,10 +99,17 @@ def recover(config: ManagerConfig, journal: Journal) -> Recovered | None:
     return Recovered(state, tail, segment, records, torn, time.perf_counter() - began)
 
 
-def batches_since(state: State, tail: LogTail, epoch: int, version: int, bytes_max: int) -> list[bytes] | None:
-    """What a reader that has applied `version` of the life `epoch` is missing, a part at a time; None: it has to take a snapshot.
+def batches_since(state: State, tail: LogTail, message: Mapping[str, Any]) -> list[bytes]:
+    """The answer to a reader that has applied `version` of the life `epoch`: what it is missing, a part at a time.
 
-    Raises StaleEpoch if it has seen what this log does not hold.
+    Raises ReplicaGap if that is not in memory any more, StaleEpoch if the reader has seen what this log does not hold.
     """
+    epoch = check_int("batches.epoch", message.get("epoch"), 1, 2**63 - 1)
+    version = check_int("batches.version", message.get("version"), 0, 2**63 - 1)
     check_ack(state, epoch, version)
-    return tail.since(version, bytes_max) if in_log(state, epoch, version) else None
+    if version > state.version:
+        raise StaleEpoch(f"batches: expected at most version {state.version} of epoch {state.epoch}, got {version}", epoch=state.epoch)
+    found = tail.since(version, state.config.message_bytes_max // 2)
+    if found is None:
+        raise ReplicaGap(f"batches: expected a version whose successor is still in memory, got {version}", version=version)
+    return found

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmanager import events as ev
-from kvmanager.errors import InvalidValue, ReplicaGap, StaleStep, Unknown
+from kvmanager.errors import InvalidValue, ReplicaGap, StaleEpoch, StaleStep, Unknown
 from kvmanager.handoff import HandoffState
 from kvmanager.sequences import Tables
 from kvmanager.tables import BatchTables
@@ -53,6 +53,7 @@ class AckContent(NamedTuple):
     ids: list[int]
     tokens: list[int]
     pulled: list[int]
+    epoch: int
 
 
 @dataclass(slots=True)
@@ -70,10 +71,13 @@ class Replica:
 
     def __init__(self, pool: str | None = None) -> None:
         self.pool_name = pool
+        self.stranded = False  # a worker whose pages are not what the manager believes: see `load`
+        self.differs = False  # the tables are not the manager's: only a snapshot helps
         self._reset()
 
     def _reset(self) -> None:
-        self.epoch = 0
+        self.epoch = 0  # of the newest batch that was fed
+        self.past: dict[int, int] = {}  # earlier lives that this log continues: epoch -> its last version
         self.version = 0  # applied
         self.known = 0  # fed
         self.step = 0  # the applied step that this pool has still to run, 0 if none
@@ -101,12 +105,20 @@ class Replica:
     # --- following -----------------------------------------------------------------------------------------------------------
 
     def load(self, data: bytes) -> None:
-        """Start from a snapshot. What this worker wrote before it is forgotten, so it is never reported as written again."""
+        """Start from a snapshot. What this worker wrote before it is forgotten, so it is never reported as written again.
+
+        A worker that has followed another log - of a manager that is gone with all it knew, or the end of this one, lost with its host -
+        is stranded: nobody knows what is in its pages. From then on it raises StaleEpoch: drain, and join again with a new replica.
+        """
         batch = ev.decode_batch(data)
-        same = batch.epoch == self.epoch
+        lives = next((event for event in batch.events if isinstance(event, ev.LivesRestored)), None)
+        past = dict(zip(lives.epochs.tolist(), lives.lasts.tolist(), strict=True)) if lives is not None else {}
+        same = (batch.epoch == self.epoch and batch.version >= self.known) or self.known <= past.get(self.epoch, -1)
+        self.stranded |= self.epoch > 0 and self.pool_name is not None and not same
         acked, copying = (self.acked if same else 0), self._copying
         self._reset()
         self.epoch, self.version, self.known, self.acked = batch.epoch, batch.version, batch.version, acked
+        self.past, self.differs = past, False
         self._copying = copying if same else dict.fromkeys(copying, 1)  # a snapshot does not stop a copy that is under way
         self._owed = True  # what was freed in the versions that it skipped
         for event in batch.events:
@@ -117,8 +129,18 @@ class Replica:
         self._broken = dict.fromkeys(self._own(self.tables.open_ids()))
 
     def feed(self, data: bytes) -> None:
-        """Take one event batch. Older ones are dropped; raises ReplicaGap if one is missing or the manager restarted."""
+        """Take one event batch. Older ones are dropped; raises ReplicaGap if one is missing, or the manager restarted and this is not
+        the very batch that continues."""
         batch = ev.decode_batch(data)
+        first = batch.events[0] if batch.events else None
+        if isinstance(first, ev.EpochBegun) and (first.before, first.last) == (self.epoch, self.known):
+            self.past[first.before] = first.last
+            self.epoch, self.known = batch.epoch, batch.version
+            self._queue.append(batch)
+            self.advance()
+            return
+        if batch.epoch in self.past:
+            return  # sent by the manager of an earlier life
         if batch.epoch != self.epoch:
             raise ReplicaGap(f"replica: expected epoch {self.epoch}, got {batch.epoch}: the manager restarted", epoch=batch.epoch)
         if batch.version <= self.known:
@@ -134,6 +156,7 @@ class Replica:
         if epoch != self.epoch or version > self.known:
             raise ReplicaGap(f"replica: at {self.epoch}:{self.known}, the manager at {epoch}:{version}", version=version)
         if version == self.version and digest != self.tables.digest():
+            self.differs = True
             raise ReplicaGap(f"replica: tables at version {version} differ from the manager's", version=version)
 
     def advance(self) -> None:
@@ -147,10 +170,18 @@ class Replica:
             if writing and self.pool >= 0:
                 self.step, self._step_ids = batch.version, writing
 
+    def _check_life(self) -> None:
+        if self.stranded:
+            raise StaleEpoch(
+                f"replica: expected the log that this worker has followed, the manager of epoch {self.epoch} has another: drain, join again",
+                epoch=self.epoch,
+            )
+
     # --- running steps -------------------------------------------------------------------------------------------------------
 
     def ready(self, version: int) -> bool:
-        """Whether step `version` can run now. False: not here yet. Raises StaleStep for one acknowledged already."""
+        """Whether step `version` can run now. False: not here yet. Raises StaleStep for one acknowledged already, StaleEpoch."""
+        self._check_life()
         if version <= self.acked or (version <= self.version and version != self.step):  # the latter: a snapshot went past it
             raise StaleStep(version, max(self.acked, self.step - 1 if self.step else self.version))
         return self.step == version
@@ -208,6 +239,7 @@ class Replica:
         An acknowledgement becomes an event that all replicas apply: answering each other's would never end. So one is due only after a
         step, a pull, or an event that freed pages of this pool.
         """
+        self._check_life()
         version = self.step - 1 if self.step else self.version
         # A pull in progress writes into this pool and reads another: nothing newer than its beginning is finished.
         begun = [*(pull.version for pull in self._pulls.values()), *self._copying.values()]
@@ -220,12 +252,12 @@ class Replica:
         for sequence in ids:
             self._reported[sequence] = self._written[sequence]
         pulled, self._pulled = self._pulled, []
-        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled)
+        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch)
 
     def renewal(self) -> AckContent:
         """An acknowledgement for the lease's sake, whether or not it helps anybody else."""
         self._owed = True
-        return self.ack() or AckContent(self.acked, [], [], [])
+        return self.ack() or AckContent(self.acked, [], [], [], self.epoch)
 
     def _worth_reporting(self, sequence: int) -> bool:
         written, reported = self._written[sequence], self._reported.get(sequence, 0)
@@ -337,6 +369,9 @@ class Replica:
         if event.handoff in self._pulled:
             self._pulled.remove(event.handoff)
 
+    def _on_epoch(self, event: ev.EpochBegun) -> None:
+        self._owed = True  # free pages are held until every worker has acknowledged the new life
+
     def _on_state_restored(self, event: ev.StateRestored) -> None:
         self.tables.last_ids, self.tables.last_counts = event.last_ids, event.last_counts
 
@@ -375,4 +410,5 @@ _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
     ev.StateRestored: Replica._on_state_restored,
     ev.SequenceRestored: Replica._on_sequence_restored,
     ev.HandoffRestored: Replica._on_handoff_restored,
+    ev.EpochBegun: Replica._on_epoch,
 }

@@ -163,7 +163,7 @@ class Server:
             self._heartbeat()  # proves to a new subscriber that its subscription is live
             hello = {"publish": self.publish, "epoch": self.manager.state.epoch, "message_bytes_max": self.manager.config.message_bytes_max}
             return msgpack.packb(hello)
-        if is_query(message):
+        if is_query(message) or kind == "batches":
             return msgpack.packb(self.manager.query(message))
         return self.manager.execute(command_from_wire(message), client, number)
 

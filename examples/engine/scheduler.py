@@ -50,6 +50,7 @@ class PoolState:
     name: str
     role: str  # "prefill" or "decode"
     worker: int = 0  # 0: not ready yet
+    epoch: int = 0  # life of the manager in which it joined
     busy: int = 0  # version of the step it is running
     alive: bool = True
 
@@ -138,7 +139,7 @@ class Scheduler:
         for name, message in self.channel.receive(timeout_ms):
             pool = self.pools[name]
             if message["t"] == "ready":
-                pool.worker = message["worker"]
+                pool.worker, pool.epoch = message["worker"], message["epoch"]
             elif message["t"] == "done" and message["version"] == pool.busy:
                 pool.busy = 0
                 self._on_tokens(message["out"], message["logits"])
@@ -215,7 +216,7 @@ class Scheduler:
 
     def _on_death(self, pool: PoolState) -> None:
         pool.alive, pool.busy = False, 0
-        lost = self.client.worker_gone(pool.worker) if pool.worker else []
+        lost = self.client.worker_gone(pool.worker, epoch=pool.epoch) if pool.worker else []
         for sequence in lost:
             self._on_lost(sequence)
         self._fetch = True

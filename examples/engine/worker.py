@@ -20,14 +20,14 @@ import zmq
 
 from kvmanager import BatchTables, Follower, KVClient, Replica
 from kvmanager.attention import MLABackend, PageMemory, PeerMemory
-from kvmanager.errors import Fenced, KVError, StaleStep
+from kvmanager.errors import Fenced, KVError, StaleEpoch, StaleStep
 from kvmanager.examples.engine.channel import WorkerChannel
 from kvmanager.examples.engine.model import LatentModel
 from kvmanager.replica import AckContent
 
 __all__ = ["EXIT_FENCED", "Worker", "main"]
 
-EXIT_FENCED = 3  # the manager took this worker for dead: it has stopped touching pages and ends
+EXIT_FENCED = 3  # the manager took this worker for dead, or knows nothing of what it did: it has stopped touching pages and ends
 
 
 class Worker:
@@ -61,7 +61,7 @@ class Worker:
         self.acked_at = time.monotonic()
         self.peers: dict[int, PeerMemory] = {}
         self.runs: deque[dict[str, Any]] = deque()
-        channel.send({"t": "ready", "pool": pool, "worker": self.worker_id, "pid": os.getpid()})
+        channel.send({"t": "ready", "pool": pool, "worker": self.worker_id, "epoch": client.epoch_of(self.worker_id), "pid": os.getpid()})
 
     def warm_up(self, tokens: int) -> None:
         """Have all kernels compiled and loaded before the first request waits for them. No page holds anything yet."""
@@ -139,7 +139,7 @@ class Worker:
             self.send_ack(content)
 
     def send_ack(self, content: AckContent) -> None:
-        self.client.ack(self.worker_id, content.version, ids=content.ids, tokens=content.tokens, pulled=content.pulled)
+        self.client.ack(self.worker_id, content.version, ids=content.ids, tokens=content.tokens, pulled=content.pulled, epoch=content.epoch)
         self.acked_at = time.monotonic()
 
     # --- pages ---------------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def main(
             finally:
                 worker.follower.close()
                 worker.memory.close()
-    except Fenced as error:
+    except (Fenced, StaleEpoch) as error:
         click.echo(f"worker {pool}: {error}", err=True)
         sys.exit(EXIT_FENCED)
     except KVError as error:

@@ -48,7 +48,7 @@ class Life:
         state = self.kv.state
         for worker in list(state.workers.values()):
             mine = [each for each, sequence in state.sequences.items() if sequence.pool == worker.pool]
-            self.kv.ack(worker.worker_id, state.version, ids=mine, tokens=[state.tables.length(each) for each in mine])
+            self.kv.ack(worker.worker_id, state.version, ids=mine, tokens=[state.tables.length(each) for each in mine], epoch=state.epoch)
 
     def live(self, steps: int, seed: int) -> None:
         """Random steps; refusals are part of life."""
@@ -72,7 +72,9 @@ class Life:
                 for worker in list(state.workers.values()):
                     moves = [each.handoff_id for each in state.handoffs.values() if each.target == worker.pool]
                     try:
-                        self.kv.ack(worker.worker_id, state.version, pulled=[each for each in moves if rng.random() < 0.6])
+                        self.kv.ack(
+                            worker.worker_id, state.version, pulled=[each for each in moves if rng.random() < 0.6], epoch=state.epoch
+                        )
                     except KVError as error:
                         raise AssertionError(error) from error
                 self.acknowledge()

@@ -15,7 +15,7 @@ import zmq
 
 from kvmanager import wire
 from kvmanager.client import KVClient
-from kvmanager.errors import BadMessage, KVError, ManagerUnreachable, Unknown
+from kvmanager.errors import BadMessage, KVError, ManagerUnreachable, ReplicaGap, Unknown
 from kvmanager.events import EventBatch, decode_batch, encode_batch
 from kvmanager.follower import Follower
 from kvmanager.manager import KVManager
@@ -109,9 +109,11 @@ def test_worker_waits_for_the_version_of_a_reply(served: tuple[Server, KVClient]
             follower.replica.finish(version, [sequence])
 
 
-def test_slow_subscriber_is_cut_off_and_comes_back_by_snapshot(make_server: MakeServer, connect: Connect) -> None:
+@pytest.mark.parametrize("log_bytes_max", [50_000, 64 << 20], ids=["by-snapshot", "by-the-log"])
+def test_slow_subscriber_is_cut_off_and_comes_back(make_server: MakeServer, connect: Connect, log_bytes_max: int) -> None:
     """DESIGN, on the wire: bounded queues. More than they and the kernel hold is lost, and what is found afterwards is equal."""
-    server = make_server(KVManager(config(num_pages=4096, sequences_max=512, heartbeat_ms=60_000)), max_queue=2)
+    bounds = config(num_pages=4096, sequences_max=512, heartbeat_ms=60_000, log_bytes_max=log_bytes_max)
+    server = make_server(KVManager(bounds), max_queue=2)
     client = connect(server)
     client.join("w0", "main", "bf16")
     with closing(Follower(connect(server), Replica())) as follower:
@@ -126,7 +128,7 @@ def test_slow_subscriber_is_cut_off_and_comes_back_by_snapshot(make_server: Make
             version, expected = digest(client)
             follow(follower, lambda version=version: bool(client.hello()) and follower.replica.version == version)
             assert follower.replica.tables.digest() == expected
-            assert follower.resyncs >= 1
+            assert follower.resyncs >= 1 if log_bytes_max == 50_000 else follower.catch_ups >= 1 and not follower.resyncs
 
 
 def test_heartbeat_reveals_the_loss_of_the_last_messages(served: tuple[Server, KVClient], connect: Connect) -> None:
@@ -137,7 +139,7 @@ def test_heartbeat_reveals_the_loss_of_the_last_messages(served: tuple[Server, K
         follower.socket.setsockopt(zmq.UNSUBSCRIBE, b"")  # from here on every batch is lost
         traffic(client, 3)
         assert_equal(follower, client)
-        assert follower.resyncs >= 1
+        assert follower.catch_ups >= 1 and follower.resyncs == 0
 
 
 def test_heartbeat_reveals_tables_that_differ(served: tuple[Server, KVClient], connect: Connect) -> None:
@@ -255,11 +257,19 @@ class Feed:
         self.batches: list[bytes] = []
         self.snapshots = 0
         self.unreachable = False
+        self.remembers = False
         self.manager.subscribe(lambda batch, data: self.batches.append(data))
 
     def hello(self) -> dict[str, Any]:
         self.heartbeat()
         return {"publish": self.address, "epoch": 1, "message_bytes_max": 1 << 20}
+
+    def batches_since(self, epoch: int, version: int) -> list[bytes]:
+        if self.unreachable:
+            raise ManagerUnreachable("manager: expected a reply, got none")
+        if not self.remembers:
+            raise ReplicaGap("batches: forgotten")
+        return self.manager.batches_since(epoch, version)
 
     def tables_snapshot(self) -> bytes:
         if self.unreachable:
@@ -307,6 +317,17 @@ def test_lost_batch_leads_to_a_snapshot(feed: Feed, fed: Follower) -> None:
     feed.batch(feed.batches[2])
     follow(fed, lambda: fed.replica.version == feed.manager.state.version)
     assert (fed.resyncs, feed.snapshots) == (1, 2)
+    assert fed.replica.tables.digest() == feed.manager.state.tables.digest()
+
+
+def test_lost_batch_is_fetched_from_the_log_if_it_is_there(feed: Feed, fed: Follower) -> None:
+    """Nothing is forgotten then of what the replica has done."""
+    feed.remembers = True
+    feed.work(3)
+    feed.batch(feed.batches[0])
+    feed.batch(feed.batches[2])
+    follow(fed, lambda: fed.replica.version == feed.manager.state.version)
+    assert (fed.catch_ups, fed.resyncs, feed.snapshots) == (1, 0, 1)
     assert fed.replica.tables.digest() == feed.manager.state.tables.digest()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvmanager.commands import Tick
-from kvmanager.errors import InvalidValue, KVError, ReplicaGap, StaleStep, Unknown
+from kvmanager.errors import InvalidValue, KVError, ReplicaGap, StaleEpoch, StaleStep, Unknown
 from kvmanager.events import EventBatch, LruRestored, NodeRestored, PoolRestored, decode_batch, encode_batch
 from kvmanager.manager import KVManager
 from kvmanager.replica import AckContent, Replica
@@ -539,15 +539,15 @@ def test_acknowledgement_never_passes_a_pull_aborted_meanwhile(rig: Rig, snapsho
     assert rig.kv.state.handoffs == {} and rig.kv.state.pool("other").counts().quarantined == 0
 
 
-def test_acknowledgement_never_passes_a_pull_into_a_new_epoch(rig: Rig) -> None:
-    """A restart of the manager does not stop the copy either, and its versions count anew."""
+def test_a_worker_of_a_manager_that_is_gone_acknowledges_nothing_to_the_next(rig: Rig) -> None:
+    """Without a journal the next one knows nothing of what this worker holds, nor of the pages that it is pulling into."""
     _, handoff = rig.moving()
     replica = rig.replicas["other"]
     replica.begin_pull(handoff)
     replica.load(encode_batch(EventBatch(2, 50, 0, decode_batch(KVManager(config(), epoch=2).snapshot()).events)))
-    assert replica.renewal().version == 0
-    replica.pulled(handoff)
-    assert replica.renewal() == AckContent(50, [], [], [])
+    for call in (replica.renewal, replica.ack, lambda: replica.ready(51)):
+        with pytest.raises(StaleEpoch, match="drain, join again"):
+            call()
 
 
 def test_pull_aborted_before_it_began_holds_nothing_up(rig: Rig) -> None:
@@ -627,7 +627,7 @@ def test_renewal_is_possible_at_any_time_and_claims_nothing_new(rig: Rig) -> Non
     """For the lease's sake, in the middle of a step: the step itself is not acknowledged."""
     replica = rig.replicas["main"]
     rig.open(3)
-    assert replica.renewal() == AckContent(rig.version - 1, [], [], [])
+    assert replica.renewal() == AckContent(rig.version - 1, [], [], [], rig.kv.state.epoch)
     content: Any = replica.renewal()
     assert content.version == rig.version - 1 and replica.ready(rig.version)
 
