@@ -1,0 +1,332 @@
+"""A manager that comes back from its journal: what it keeps, what it holds back, and whose word it takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvmanager.commands import Ack, Open, Step
+from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.errors import Fenced, JournalMismatch, OutOfPages, ReplicaGap, StaleEpoch
+from kvmanager.events import decode_batch, encode_batch
+from kvmanager.files import MemoryFiles
+from kvmanager.lives import LIVES_MAX
+from kvmanager.manager import KVManager
+from kvmanager.replica import Replica
+from kvmanager.snapshot import load_snapshot, snapshot, state_digest
+from tests.control.journaled import CONFIG, Life, reborn
+
+PROMPT = np.arange(40, dtype=np.int32)
+
+
+def begun() -> Life:
+    life = Life(MemoryFiles())
+    life.join()
+    return life
+
+
+def written(life: Life, pool: str = "main", tokens: Any = PROMPT) -> int:
+    """A sequence whose prompt its worker has written and acknowledged."""
+    opened = life.kv.open(tokens, pool, chunk=100)
+    life.acknowledge()
+    return opened.sequence
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------------------
+
+
+def test_sequences_prefixes_and_pages_are_kept() -> None:
+    """The workers still hold the bytes: a sequence goes on where it was, and a prompt written before is a hit after."""
+    life = begun()
+    closed, kept = written(life), written(life, tokens=PROMPT + 100)
+    life.kv.close(closed)
+    life.acknowledge()
+    before = life.kv.stats()["pools"]["main"]["pages"]
+    again = reborn(life.files)
+    assert (again.kv.state.epoch, again.kv.state.version) == (2, 2_000_000)
+    assert again.kv.state.tables.pages_of(kept).tolist() == life.kv.state.tables.pages_of(kept).tolist()
+    again.acknowledge()
+    again.kv.tick()
+    assert again.kv.stats()["pools"]["main"]["pages"] == before
+    assert again.kv.open(PROMPT, "main", chunk=100).cached_tokens == 32
+    assert again.kv.grow(kept) == again.kv.state.version
+
+
+def test_restart_after_a_busy_life_is_the_same_state_but_for_what_the_new_life_holds() -> None:
+    life = begun()
+    life.live(40, 11)
+    again = reborn(life.files)
+    old = load_snapshot(CONFIG, snapshot(life.kv.state))
+    for pool, kept in zip(again.kv.state.pools, old.pools, strict=True):
+        before, after = kept.counts(), pool.counts()
+        assert (after.used, after.cached, after.free) == (before.used, before.cached, 0)
+    assert again.kv.state.tables.digest() == old.tables.digest()
+    assert state_digest(load_snapshot(CONFIG, decode_batch(encode_batch(snapshot(again.kv.state))))) == state_digest(again.kv.state)
+    again.live(40, 12)
+
+
+def test_many_lives() -> None:
+    """Only so many are remembered, and each goes on as if it were the second."""
+    life = begun()
+    epochs = [life.kv.state.epoch]
+    for number in range(LIVES_MAX + 3):
+        life = reborn(life.files)
+        epochs.append(life.kv.state.epoch)
+        assert life.kv.state.version % 1_000_000 == 0
+        life.acknowledge()
+        life.live(1, number)
+        if number % 7 == 0:
+            life.kv.compact()
+    assert epochs == list(range(1, len(epochs) + 1)) and len(life.kv.state.past) == LIVES_MAX
+
+
+def test_request_whose_reply_was_lost_is_answered_after_the_restart_and_not_executed_again() -> None:
+    life = begun()
+    command = Step(opens=[Open(PROMPT, "main", chunk=100)])
+    reply = life.kv.execute(command, 77, 1)
+    again = reborn(life.files)
+    version = again.kv.state.version
+    assert again.kv.execute(command, 77, 1) == reply
+    assert again.kv.state.version == version and len(again.kv.state.sequences) == 1
+
+
+def test_the_embedding_program_s_own_numbers_go_on() -> None:
+    """Its client id is the same in each life: a number used again would be answered from the table."""
+    life = begun()
+    written(life)
+    again = reborn(life.files)
+    again.acknowledge()
+    assert again.kv.open(PROMPT, "main", chunk=8).sequence in again.kv.state.sequences
+
+
+# --- what is held ----------------------------------------------------------------------------------------------------------------
+
+
+def test_free_pages_are_held_until_every_worker_has_acknowledged_the_new_life() -> None:
+    """Rule 2: the end of the log may be lost, and with it that a worker was told to write into a page that looks free."""
+    config = ManagerConfig((PoolConfig("main", 8, 16, workers=2),))
+    life = Life(MemoryFiles(), config=config)
+    workers = [life.kv.join(f"main{rank}", "main", "bf16") for rank in range(2)]
+    again = Life(life.files.lost(lambda name, unsynced: unsynced), config=config)
+    with pytest.raises(OutOfPages, match="8 more wait"):
+        again.kv.open(PROMPT, "main", chunk=40)
+    again.kv.ack(workers[0], again.kv.state.version, epoch=2)
+    with pytest.raises(OutOfPages):
+        again.kv.open(PROMPT, "main", chunk=40)
+    again.kv.worker_gone(workers[1])
+    joined = again.kv.join("main1", "main", "bf16")
+    assert joined > workers[1] + 1_000_000, "an id that a lost end of the log may have given is not given again"
+    assert again.kv.open(PROMPT, "main", chunk=40).length == 40
+
+
+def test_a_worker_that_acted_on_a_lost_version_is_refused() -> None:
+    """What it holds is not what the recovered manager believes; what it says of older versions is true all the same."""
+    life = begun()
+    worker = next(iter(life.kv.state.workers))
+    known = life.kv.state.version
+    life.journal.sync()
+    life.kv.open(PROMPT, "main", chunk=40)
+    again = Life(life.files.lost())
+    assert again.kv.state.past == {1: known}
+    again.kv.ack(worker, known, epoch=1)
+    for epoch in (0, 1):
+        with pytest.raises(StaleEpoch, match=f"got {known + 1}"):
+            again.kv.ack(worker, known + 1, epoch=epoch)
+    with pytest.raises(StaleEpoch):
+        again.kv.batches_since(1, known + 1)
+    with pytest.raises(StaleEpoch, match="got 9"):
+        again.kv.ack(worker, 1, epoch=9)
+    again.kv.ack(worker, again.kv.state.version, epoch=2)
+
+
+def test_a_worker_of_an_old_life_does_not_acknowledge_for_one_that_has_its_id() -> None:
+    """Without a journal ids begin anew; the epoch tells."""
+    first, second = KVManager(CONFIG, epoch=5), KVManager(CONFIG, epoch=6)
+    old, new = first.join("main0", "main", "bf16"), second.join("main0", "main", "bf16")
+    assert old == new
+    with pytest.raises(StaleEpoch):
+        second.execute(Ack(old, 1, epoch=first.epoch_of(old)), 9, 1)
+    with pytest.raises(StaleEpoch):
+        second.worker_gone(old, epoch=5)
+    assert second.worker_gone(new) == []
+
+
+def test_fenced_workers_stay_fenced() -> None:
+    life = begun()
+    worker = next(iter(life.kv.state.workers))
+    life.now += 100_000
+    life.kv.tick()
+    again = reborn(life.files)
+    with pytest.raises(Fenced):
+        again.kv.ack(worker, again.kv.state.version, epoch=2)
+
+
+@pytest.mark.parametrize("acknowledges", [True, False])
+def test_pages_that_a_worker_may_have_overwritten_are_not_moved_before_it_says_that_it_did_not(acknowledges: bool) -> None:
+    """A pull that ends before the source has acknowledged the new life counts once it has; if it never does, it is aborted."""
+    life = begun()
+    sequence = written(life)
+    handoff = life.kv.hand_off(sequence, "other")
+    main, other = life.kv.state.workers
+    again = reborn(life.files)
+    again.kv.ack(other, life.kv.state.version, pulled=[handoff], epoch=1)
+    assert again.kv.state.handoffs[handoff].pulled == {other: None}
+    if acknowledges:
+        again.kv.ack(main, again.kv.state.version, epoch=2)
+        assert again.kv.state.sequences[sequence].pool == 1 and not again.kv.state.handoffs
+    else:
+        assert again.kv.worker_gone(main) == [sequence]
+        assert not again.kv.state.sequences
+
+
+def test_a_handoff_asked_for_in_the_new_life_waits_for_its_source() -> None:
+    life = begun()
+    sequence = written(life)
+    again = reborn(life.files)
+    other = list(again.kv.state.workers)[1]
+    again.kv.ack(other, again.kv.state.version, epoch=2)
+    handoff = again.kv.hand_off(sequence, "other")
+    assert again.kv.state.handoffs[handoff].state.name == "SEALED"
+    again.acknowledge()
+    assert again.kv.state.handoffs[handoff].state.name == "MOVING"
+
+
+# --- replicas --------------------------------------------------------------------------------------------------------------------
+
+
+def follow(life: Life, replica: Replica) -> None:
+    """As Follower does: what is missing, else a snapshot."""
+    try:
+        while batches := life.kv.batches_since(replica.epoch, replica.known):
+            for data in batches:
+                replica.feed(data)
+    except (ReplicaGap, StaleEpoch):
+        replica.load(life.kv.tables_snapshot())
+
+
+@pytest.mark.parametrize("behind", [0, 1, 3])
+def test_replica_goes_on_over_a_restart_without_losing_what_it_did(behind: int) -> None:
+    """It gets what it had not received yet, runs the steps in it, and what it writes is shareable: nothing is marked as broken."""
+    life = begun()
+    replica = Replica("main")
+    replica.load(life.kv.tables_snapshot())
+    sent: list[bytes] = []
+    life.kv.subscribe(lambda batch, data: sent.append(data))
+    opened = life.kv.open(PROMPT, "main", chunk=40)
+    life.kv.step()
+    life.kv.step()
+    for data in sent[: len(sent) - behind]:
+        replica.feed(data)
+    again = reborn(life.files)
+    follow(again, replica)
+    assert replica.epoch == 2 and replica.known == again.kv.state.version
+    assert replica.step == life.kv.state.version - 2
+    replica.finish(replica.step, [opened.sequence])
+    content = replica.ack()
+    assert content is not None and (content.version, content.epoch) == (again.kv.state.version, 2)
+    worker = next(iter(again.kv.state.workers))
+    again.kv.ack(worker, content.version, ids=content.ids, tokens=content.tokens, epoch=content.epoch)
+    assert again.kv.state.sequences[opened.sequence].published == 2
+    assert again.kv.state.pool("main").counts().free == 21
+
+
+def test_replica_that_gets_the_first_batch_of_the_next_life_needs_nothing_else() -> None:
+    life = begun()
+    replica = Replica("main")
+    replica.load(life.kv.tables_snapshot())
+    again = reborn(life.files)
+    [data] = again.kv.batches_since(1, replica.known)
+    replica.feed(data)
+    assert (replica.epoch, replica.version) == (2, 2_000_000)
+    replica.feed(encode_batch(decode_batch(data)._replace(epoch=1, version=2_000_001, events=[])))  # late, of the old life: dropped
+    replica.check(2, 2_000_000, again.kv.state.tables.digest())
+
+
+def test_worker_that_saw_the_lost_end_of_the_log_is_stranded() -> None:
+    """It learns so with the snapshot, before it could run a step of the new life on pages that are not what the manager believes."""
+    life = begun()
+    life.journal.sync()
+    worker, observer = Replica("main"), Replica()
+    for replica in (worker, observer):
+        replica.load(life.kv.tables_snapshot())
+    life.kv.subscribe(lambda batch, data: (worker.feed(data), observer.feed(data)))
+    life.kv.open(PROMPT, "main", chunk=40)
+    again = Life(life.files.lost())
+    for replica in (worker, observer):
+        follow(again, replica)
+    assert observer.tables.digest() == again.kv.state.tables.digest() and not observer.stranded
+    for call in (worker.ack, worker.renewal, lambda: worker.ready(2_000_001)):
+        with pytest.raises(StaleEpoch):
+            call()
+
+
+def test_replica_too_far_behind_for_the_log_starts_from_a_snapshot_and_is_not_stranded() -> None:
+    """Its pages hold nothing that the manager does not know of; what it has not run is not shared."""
+    config = replace(CONFIG, log_bytes_max=300)
+    life = Life(MemoryFiles(), config=config)
+    life.join()
+    replica = Replica("main")
+    replica.load(life.kv.tables_snapshot())
+    life.live(10, 1)
+    again = Life(life.files.killed(), config=config)
+    follow(again, replica)
+    assert replica.epoch == 2 and not replica.stranded and replica.version == again.kv.state.version
+    content = replica.ack()
+    assert content is not None and content.version == again.kv.state.version
+
+
+# --- config and clock ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pools", "expected"),
+    [
+        ((PoolConfig("main", 25, 16), PoolConfig("other", 12, 16)), "pool main: num_pages: expected 24 as in the journal, got 25"),
+        ((PoolConfig("main", 24, 32), PoolConfig("other", 12, 16)), "pool main: page_size: expected 16"),
+        ((PoolConfig("other", 12, 16), PoolConfig("main", 24, 16)), "pool main: name: expected main as in the journal, got other"),
+        ((PoolConfig("main", 24, 16),), "pools: expected main, other as in the journal, got main"),
+        ((PoolConfig("main", 24, 16), PoolConfig("other", 12, 16, group="g")), "pool other: group"),
+        ((PoolConfig("main", 24, 16, workers=2), PoolConfig("other", 12, 16)), "pool main: workers"),
+        ((PoolConfig("main", 24, 16, layout="fp8"), PoolConfig("other", 12, 16)), "pool main: layout: expected bf16"),
+    ],
+)
+def test_another_config_is_refused_with_the_difference(pools: tuple[PoolConfig, ...], expected: str) -> None:
+    life = begun()
+    with pytest.raises(JournalMismatch, match=expected):
+        Life(life.files.killed(), config=replace(CONFIG, pools=pools))
+    assert reborn(life.files).kv.state.epoch == 2, "nothing was written, and the lock is free"
+
+
+def test_pools_may_be_added_and_more_sequences_allowed() -> None:
+    life = begun()
+    ids = [written(life, tokens=PROMPT + each) for each in range(5)]
+    with pytest.raises(JournalMismatch, match="sequences_max: expected at least 16"):
+        Life(life.files.killed(), config=replace(CONFIG, sequences_max=15))
+    more = replace(CONFIG, pools=(*CONFIG.pools, PoolConfig("third", 100, 16)), sequences_max=40)
+    again = Life(life.files.killed(), config=more)
+    again.acknowledge()
+    again.kv.join("third0", "third", "bf16")
+    opened = [again.kv.open([1], "third", chunk=1).sequence for _ in range(35)]
+    assert len({*ids, *opened}) == len({each & 0xFFFFF for each in (*ids, *opened)}) == 40
+    assert Life(again.files.killed(), config=more).kv.state.pool("third").counts().used == 35
+
+
+@pytest.mark.parametrize("clock", [0, 1000, 10**12], ids=["started-anew", "goes-on", "far-ahead"])
+def test_leases_begin_anew_with_the_new_life_whatever_the_clock_says(clock: int) -> None:
+    """A monotonic clock begins at 0 when the host does. Nobody could acknowledge while there was no manager."""
+    life = begun()
+    life.now += 59_000
+    life.kv.step()
+    logged = life.kv.state.now_ms
+    again_now: list[int] = []
+    again = Life(life.files.killed(), clock=lambda: again_now[0] if again_now else clock)
+    again_now.append(clock + 59_000)
+    again.kv.tick()
+    assert not any(worker.fenced for worker in again.kv.state.workers.values())
+    again_now[0] += 2_000
+    again.kv.tick()
+    assert all(worker.fenced for worker in again.kv.state.workers.values())
+    assert again.kv.state.now_ms == logged + 61_000
