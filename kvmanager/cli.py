@@ -20,6 +20,7 @@ from kvmanager import __version__
 from kvmanager.client import KVClient
 from kvmanager.config import ManagerConfig, config_from_mapping
 from kvmanager.errors import InvalidValue, KVError
+from kvmanager.journal import FSYNC, Journal
 from kvmanager.manager import KVManager
 from kvmanager.replay.command import replay
 from kvmanager.server import Server
@@ -108,25 +109,39 @@ def main() -> None:
 @click.option("--address", help="Where requests are answered: ipc://PATH or tcp:// on loopback. Default: a folder of this user.")
 @click.option("--publish", help="Where event batches are published.")
 @click.option("--lease-ms", type=int, help="Silence after which a worker is fenced.")
-def serve(config_path: str | None, pools: tuple[str, ...], address: str | None, publish: str | None, lease_ms: int | None) -> None:
+@click.option("--journal", type=click.Path(), help="Folder of the journal: sequences, prefixes and pages outlive a restart.")
+@click.option("--fsync", type=click.Choice(FSYNC), default="never", show_default=True, help="never: killed processes; others: lost hosts.")
+def serve(
+    config_path: str | None,
+    pools: tuple[str, ...],
+    address: str | None,
+    publish: str | None,
+    lease_ms: int | None,
+    journal: str | None,
+    fsync: str,
+) -> None:
     """Run a manager that owns pages and publishes block tables.
 
     \b
     kvmanager serve --pool name=prefill,num_pages=4096 --pool name=decode,num_pages=4096
     """
     config = _build_config(config_path, pools, lease_ms)
-    # Nothing is kept over a restart, so the next life must never look like this one: replicas tell them apart by the epoch.
-    manager = KVManager(config, epoch=time.time_ns() // 1_000_000)
+    # Without a journal nothing is kept over a restart, so the next life must never look like this one: replicas tell them apart by the epoch.
+    epoch = time.time_ns() // 1_000_000
+    manager = KVManager(config, epoch=epoch, journal=Journal(journal, fsync=fsync) if journal else None)
     server = Server(manager, address=address or default_address("requests"), publish=publish or default_address("log"))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     for pool in config.pools:
         click.echo(f"pool {pool.name}: {pool.num_pages} pages of {pool.page_size} tokens, group {pool.group}, {pool.workers} worker(s)")
+    if manager.recovered is not None:
+        click.echo(f"journal {journal}: {manager.recovered.summary()}")
     click.echo(f"requests at {server.address}, event batches at {server.publish}")
     try:
         server.run()
     finally:
         server.close()
+        manager.disconnect()
 
 
 @main.command()

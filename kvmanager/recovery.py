@@ -67,6 +67,12 @@ class Recovered(NamedTuple):
     torn: int
     seconds: float
 
+    def summary(self) -> str:
+        """For people: what came back."""
+        cut = f"; cut {self.torn} bytes of an unfinished record" if self.torn else ""
+        last = self.segment.last
+        return f"version {last}, {self.records} batches behind the snapshot of {self.segment.version}, in {self.seconds:.2f} s{cut}"
+
 
 def replay(config: ManagerConfig, segment: Segment, tail: LogTail | None = None) -> tuple[State, int]:
     """The state at the end of a segment, and how many batches led to it. Raises JournalCorrupt."""

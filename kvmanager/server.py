@@ -19,7 +19,7 @@ import zmq
 
 from kvmanager import wire
 from kvmanager.commands import command_from_wire
-from kvmanager.errors import BadMessage, InvalidValue, KVError
+from kvmanager.errors import BadMessage, InvalidValue, JournalFailed, KVError
 from kvmanager.events import EventBatch
 from kvmanager.manager import KVManager
 from kvmanager.queries import is_query
@@ -136,7 +136,8 @@ class Server:
                     except zmq.Again:
                         break
                     self._on_request(frames)
-            self.manager.tick()
+            with contextlib.suppress(JournalFailed):  # a full disk: leases end once there is room; whoever asks for something is told
+                self.manager.tick()
             if (time.monotonic() - self._quiet_since) * 1000 >= self.manager.config.heartbeat_ms:
                 self._heartbeat()
 
