@@ -18,7 +18,7 @@ import pytest
 
 from kvmanager.client import KVClient
 from kvmanager.commands import Open
-from kvmanager.errors import OutOfPages
+from kvmanager.errors import OutOfPages, PrefixPending
 from kvmanager.events import decode_batch
 from kvmanager.follower import Follower
 from kvmanager.invariants import check_invariants
@@ -140,7 +140,7 @@ def decode(manager: Manager, *, kills: int, steps: int, seed: int) -> tuple[dict
                 del open_sequences[each]
             for index, (first, opened) in enumerate(zip(firsts, reply.opened, strict=True)):
                 if opened is None:
-                    assert isinstance(reply.error("open", index), OutOfPages), reply.refused
+                    assert isinstance(reply.error("open", index), (OutOfPages, PrefixPending)), reply.refused
                     continue
                 items.append((opened.sequence, first, opened.cached_tokens))
                 open_sequences[opened.sequence] = (first, opened.length)
