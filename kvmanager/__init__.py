@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvmanager.client import KVClient
-    from kvmanager.commands import Open
+    from kvmanager.commands import Enqueue, Open
     from kvmanager.config import ManagerConfig, PoolConfig
     from kvmanager.follower import Follower
     from kvmanager.manager import KVManager, Opened, Refused, StepReply
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchTables",
+    "Enqueue",
     "Follower",
     "KVClient",
     "KVManager",
@@ -42,6 +43,7 @@ __all__ = [
 
 _HOME = {
     "BatchTables": "tables",
+    "Enqueue": "commands",
     "Follower": "follower",
     "KVClient": "client",
     "KVManager": "manager",

@@ -13,6 +13,7 @@ from kvmanager.pool import Pool
 from kvmanager.sequences import SLOT_BITS
 from kvmanager.state import encode_namespace
 from kvmanager.tables import div_ceil
+from kvmanager.waiting import leave_queue
 
 __all__ = ["admit", "check_ready"]
 
@@ -97,7 +98,7 @@ def _choose(draft: Draft, command: Open, looks: list[Look]) -> Look:
 def _room(draft: Draft, item: Look, wanted: int) -> int:
     """How many of `wanted` pages the pool has, beside those that the prompt shares."""
     pages = draft.pool(item.pool.index)
-    pinned = pages.pin(item.found.nodes)
+    pinned = pages.pin(item.found.nodes, item.found.last_pages)
     room = pages.can_take(wanted)
     pages.unpin(pinned)
     return room
@@ -106,10 +107,14 @@ def _room(draft: Draft, item: Look, wanted: int) -> int:
 def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Look, sequence_id: int) -> list[Any]:
     count, pool, cached = len(command.tokens), chosen.pool, chosen.found.pages()
     pages = draft.pool(pool.index)
-    pages.pin(chosen.found.nodes)
+    pages.pin(chosen.found.nodes, chosen.found.last_pages)
     length = min(chosen.cached + command.chunk, count)
     fresh = pages.take(pages_wanted(chosen, length))
     draft.opened += 1
     draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) + count
-    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, cached, fresh, length))
+    draft.events.append(
+        ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, cached, fresh, length, command.priority)
+    )
+    if command.waiting:
+        leave_queue(draft, command.waiting)
     return [sequence_id, chosen.cached, length, pool.name]

@@ -20,6 +20,7 @@ from kvmanager.pool import Pages, Pool
 from kvmanager.prefix import TOKEN_BYTES, Node
 from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
 from kvmanager.state import Client, Notice, State, Worker
+from kvmanager.waiting import apply_dequeued, apply_enqueued, leave
 
 __all__ = ["apply"]
 
@@ -113,7 +114,7 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     pool = state.pools[event.pool]
     tokens = event.tokens.astype("<i4").tobytes()
     cached = event.cached
-    node = pool.prefix.acquire(event.namespace, cached, state.version)
+    node = pool.prefix.acquire(event.namespace, cached, state.version, event.priority)
     pool.share(cached)
     pool.take(event.fresh)
     slot = slot_of(event.sequence)
@@ -121,7 +122,9 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
         raise InvariantBroken(f"open: row {slot} is not on top of the free rows")
     state.next_generation = (event.sequence >> SLOT_BITS) + 1
     state.tables.open(event.sequence, event.pool, event.length, np.concatenate([cached, event.fresh]))
-    sequence = Sequence(event.sequence, event.owner, event.pool, event.namespace, bytearray(tokens), node, published=len(cached))
+    sequence = Sequence(
+        event.sequence, event.owner, event.pool, event.namespace, bytearray(tokens), node, published=len(cached), priority=event.priority
+    )
     # What the index holds has been written by every worker of the pool: that is how it came in.
     sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
     state.sequences[event.sequence] = sequence
@@ -144,7 +147,8 @@ def _pages_published(state: State, event: ev.PagesPublished) -> None:
     last = event.first + len(pages)
     before = state.tables.pages_of(event.sequence)[event.first : last]
     start, stop = event.first * pool.prefix.page_bytes, last * pool.prefix.page_bytes
-    sequence.node = pool.prefix.publish(sequence.node, bytes(sequence.tokens[start:stop]), pages, state.version)
+    tokens = bytes(sequence.tokens[start:stop])
+    sequence.node = pool.prefix.publish(sequence.node, tokens, pages, state.version, sequence.priority)
     sequence.published = last
     swapped = before != pages
     if swapped.any():
@@ -240,9 +244,9 @@ def _handoff_moving(state: State, event: ev.HandoffMoving) -> None:
     handoff.source_pages = state.tables.pages_of(handoff.sequence_id).tolist()
     handoff.source_indexed, handoff.source_node = sequence.published, sequence.node
     source.share(handoff.source_pages)
-    source.prefix.hold(sequence.node, state.version)
+    source.prefix.hold(sequence.node, state.version, sequence.priority)
     sequence.holds += 1
-    handoff.target_node = target.prefix.acquire(handoff.namespace, event.shared, state.version)
+    handoff.target_node = target.prefix.acquire(handoff.namespace, event.shared, state.version, sequence.priority)
     target.share(event.shared)
     target.take(event.fresh)
     handoff.target_shared, handoff.target_pages = len(event.shared), event.shared.tolist() + event.fresh.tolist()
@@ -319,6 +323,8 @@ def _client_answered(state: State, event: ev.ClientAnswered) -> None:
 
 
 def _client_forgotten(state: State, event: ev.ClientForgotten) -> None:
+    for waiting_id in [prompt.waiting_id for prompt in state.waiting.values() if prompt.client == event.client]:
+        leave(state, waiting_id)
     del state.clients[event.client]
 
 
@@ -356,7 +362,7 @@ def _node_restored(state: State, event: ev.NodeRestored, restoring: Restoring) -
         parent = prefix.enter(event.namespace)
         parent.refs -= 1  # its sequences and handoffs, restored later, enter themselves
     node = Node(parent, event.tokens, event.pages.tobytes())
-    node.refs, node.last_used = event.refs, event.last_used
+    node.refs, node.last_used, node.priority = event.refs, event.last_used, event.priority
     parent.children[event.tokens[: prefix.page_bytes]] = node
     restoring.nodes[event.pool, event.node] = node
     prefix.node_of[event.pages] = node
@@ -366,7 +372,7 @@ def _node_restored(state: State, event: ev.NodeRestored, restoring: Restoring) -
 def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
     prefix = state.pools[event.pool].prefix
     for number in event.nodes.tolist():
-        prefix.lru[restoring.nodes[event.pool, number]] = None
+        prefix.order.add(restoring.nodes[event.pool, number])
 
 
 def _find_node(state: State, restoring: Restoring, pool: int, number: int, namespace: bytes) -> Node:
@@ -390,6 +396,7 @@ def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Rest
         event.handoff,
         bool(event.sealed),
         event.holds,
+        event.priority,
     )
     state.tables.open(event.sequence, event.pool, event.length, event.pages)
     pool.share(event.pages)
@@ -432,6 +439,10 @@ def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restor
         handoff.target_node = _find_node(state, restoring, event.target, event.target_node, event.namespace)
 
 
+def _policy_restored(state: State, event: ev.PolicyRestored, _: Restoring) -> None:
+    state.next_waiting = event.next_waiting
+
+
 def _client_restored(state: State, event: ev.ClientRestored, _: Restoring) -> None:
     notices = [Notice(*row) for row in msgpack.unpackb(event.notices)]
     state.clients[event.client] = Client(event.client, event.number, event.version, event.reply, notices)
@@ -464,6 +475,8 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.HandoffEnded: _handoff_ended,
     ev.ClientAnswered: _client_answered,
     ev.ClientForgotten: _client_forgotten,
+    ev.PromptEnqueued: apply_enqueued,
+    ev.PromptsDequeued: apply_dequeued,
     ev.EpochBegun: lives.epoch_begun,
 }
 
@@ -477,5 +490,6 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.InFlightRestored: _in_flight_restored,
     ev.HandoffRestored: _handoff_restored,
     ev.ClientRestored: _client_restored,
+    ev.PolicyRestored: _policy_restored,
     ev.LivesRestored: lives.lives_restored,
 }

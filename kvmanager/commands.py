@@ -7,15 +7,16 @@ On the wire a command is a map `{"t": kind, field: value}`; unknown fields are i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from kvmanager.config import check_int, check_name
 from kvmanager.errors import BadMessage, InvalidValue
+from kvmanager.eviction import PRIORITY_MAX, PRIORITY_MIN
 
-__all__ = ["Ack", "Command", "Join", "Open", "Step", "Tick", "WorkerGone", "as_tokens", "command_from_wire", "command_to_wire"]
+__all__ = ["Ack", "Command", "Enqueue", "Join", "Open", "Step", "Tick", "WorkerGone", "as_tokens", "command_from_wire", "command_to_wire"]
 
 INT64_MAX = 2**63 - 1
 TENANT_BYTES_MAX = 256
@@ -94,6 +95,8 @@ class Open:
     chunk    slots to reserve at once beyond the cached tokens, capped at the rest of the prompt; 0 reserves none
     group    any ready pool of this group, by the longest match and the least load (see `placement`); instead of a pool
     wait     if another sequence is computing pages of this prompt already, refuse with PrefixPending instead of computing them again
+    priority   of its pages once they are cached, -8..7: lower ones are evicted first, and pages of several openers keep the highest
+    waiting  its id in the waiting queue, which it leaves if it is opened; 0, or one that is gone, is none
 
     At least the prompt's last token is never taken from the cache: somebody has to compute its logits.
     """
@@ -105,28 +108,60 @@ class Open:
     chunk: int = 0
     group: str = ""
     wait: bool = True
+    priority: int = 0
+    waiting: int = 0
 
     def __post_init__(self) -> None:
-        tokens = as_tokens("open.tokens", self.tokens)
-        if not len(tokens):
-            raise InvalidValue("open.tokens", "at least one token", "none")
-        object.__setattr__(self, "tokens", tokens)
-        if self.pool != "" or self.group == "":  # exactly one is named
-            check_name("open.pool", self.pool)
-        if self.group != "":
-            check_name("open.group", self.group)
-            if self.pool:
-                raise InvalidValue("open.group", "a pool, or else a group", "both")
-        object.__setattr__(self, "tenant", _check_bytes("open.tenant", self.tenant, TENANT_BYTES_MAX))
-        object.__setattr__(self, "extra", _check_bytes("open.extra", self.extra, TENANT_BYTES_MAX))
+        _check_prompt("open", self)
         check_int("open.chunk", self.chunk, 0, 1 << 24)
         if not isinstance(self.wait, bool):
             raise InvalidValue("open.wait", "true or false", repr(self.wait)[:80])
+        check_int("open.priority", self.priority, PRIORITY_MIN, PRIORITY_MAX)
+        check_int("open.waiting", self.waiting, 0, INT64_MAX)
+
+
+def _check_prompt(name: str, prompt: Any) -> None:
+    """What Open and Enqueue have in common."""
+    tokens = as_tokens(f"{name}.tokens", prompt.tokens)
+    if not len(tokens):
+        raise InvalidValue(f"{name}.tokens", "at least one token", "none")
+    object.__setattr__(prompt, "tokens", tokens)
+    if prompt.pool != "" or prompt.group == "":  # exactly one is named
+        check_name(f"{name}.pool", prompt.pool)
+    if prompt.group != "":
+        check_name(f"{name}.group", prompt.group)
+        if prompt.pool:
+            raise InvalidValue(f"{name}.group", "a pool, or else a group", "both")
+    object.__setattr__(prompt, "tenant", _check_bytes(f"{name}.tenant", prompt.tenant, TENANT_BYTES_MAX))
+    object.__setattr__(prompt, "extra", _check_bytes(f"{name}.extra", prompt.extra, TENANT_BYTES_MAX))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Enqueue:
+    """A prompt waits in the scheduler's queue: its cached pages are spared by eviction while anything else can go (see `queue_hint`).
+
+    tokens, pool, tenant, extra, group   as they will be in its Open
+    front    before all that wait already, not behind them
+
+    A hint, never a promise. It is given once, and named by its id from then on: `Open.waiting` or `Step.dequeue` end it.
+    """
+
+    tokens: Any
+    pool: str = ""
+    tenant: bytes = b""
+    extra: bytes = b""
+    group: str = ""
+    front: bool = False
+
+    def __post_init__(self) -> None:
+        _check_prompt("enqueue", self)
+        if not isinstance(self.front, bool):
+            raise InvalidValue("enqueue.front", "true or false", repr(self.front)[:80])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One scheduler step for the whole batch, in this order: close, abort, tokens, hand_off, grow, open.
+    """One scheduler step for the whole batch, in this order: close, abort, tokens, hand_off, grow, open, dequeue, enqueue.
 
     close        sequence ids, int64
     abort        handoff ids, int64
@@ -135,6 +170,8 @@ class Step:
     grow         sequence ids, int64, each once
     grow_counts  slots for each, int64, >= 1; None is one each
     opens        Open objects
+    dequeue      ids of waiting prompts that wait no longer, int64
+    enqueue      Enqueue objects: what this step evicts is chosen before they are looked at
 
     Running sequences come before new ones: if pages run out, opens are refused first. An item that cannot be done is listed in the
     reply and harms no other; a value that is malformed rejects the whole step and changes nothing.
@@ -147,12 +184,18 @@ class Step:
     tokens: Any = ()
     hand_off: Any = ()
     abort: Any = ()
+    dequeue: Any = ()
+    enqueue: Any = ()
 
     def __post_init__(self) -> None:
         opens = _check_list("step.opens", self.opens)
         for item in opens:
             if not isinstance(item, Open):
                 raise InvalidValue("step.opens", "Open objects", type(item).__name__)
+        enqueue = _check_list("step.enqueue", self.enqueue)
+        for item in enqueue:
+            if not isinstance(item, Enqueue):
+                raise InvalidValue("step.enqueue", "Enqueue objects", type(item).__name__)
         grow = _as_ids("step.grow", self.grow)
         if self.grow_counts is None:
             counts = np.ones(len(grow), np.int64)
@@ -178,6 +221,8 @@ class Step:
             ("tokens", tokens),
             ("hand_off", hand_off),
             ("abort", _as_ids("step.abort", self.abort)),
+            ("dequeue", _as_ids("step.dequeue", self.dequeue)),
+            ("enqueue", enqueue),
         ):
             object.__setattr__(self, name, value)
 
@@ -255,22 +300,30 @@ class Tick:
 
 Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick
 _KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick}
+_ITEMS: dict[str, type] = {"opens": Open, "enqueue": Enqueue}  # lists of a step whose items are maps on the wire
 _NAMES = {cls: kind for kind, cls in _KINDS.items()}
-_FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(item.name for item in fields(cls)) for cls in (Step, Join, Ack, WorkerGone, Tick, Open)}
+_FIELDS: dict[type, tuple[str, ...]] = {
+    cls: tuple(item.name for item in fields(cls)) for cls in (Step, Join, Ack, WorkerGone, Tick, *_ITEMS.values())
+}
+
+
+_DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.default is not MISSING} for cls in _ITEMS.values()}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    if isinstance(value, Open):
-        return {name: _plain(getattr(value, name)) for name in _FIELDS[Open]}
+    if type(value) in _DEFAULTS:
+        defaults = _DEFAULTS[type(value)]
+        named = ((name, getattr(value, name)) for name in _FIELDS[type(value)])
+        return {name: _plain(each) for name, each in named if name not in defaults or each != defaults[name]}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
 
 
 def command_to_wire(command: Command) -> dict[str, Any]:
-    """The map that `command_from_wire` turns back; empty fields are left out."""
+    """The map that `command_from_wire` turns back; empty fields, and those of items that are as by default, are left out."""
     wire: dict[str, Any] = {"t": _NAMES[type(command)]}
     for name in _FIELDS[type(command)]:
         value = getattr(command, name)
@@ -292,17 +345,19 @@ def command_from_wire(wire: object) -> Command:
         raise BadMessage(f"command: expected t to be one of {', '.join(_KINDS)}, got {kind!r}"[:200])
     values = {name: wire[name] for name in _FIELDS[cls] if name in wire}
     if cls is Step:
-        values["opens"] = [_open_from_wire(item) for item in _check_list("step.opens", values.get("opens", []))]
+        for name, item_cls in _ITEMS.items():
+            if name in values:
+                values[name] = [_item_from_wire(f"step.{name}", item_cls, item) for item in _check_list(f"step.{name}", values[name])]
     try:
         return cls(**values)
     except TypeError as error:
         raise BadMessage(f"command {kind}: {error}"[:200]) from None
 
 
-def _open_from_wire(wire: object) -> Open:
+def _item_from_wire(where: str, cls: type, wire: object) -> Any:
     if not isinstance(wire, Mapping):
-        raise InvalidValue("step.opens", "maps", type(wire).__name__)
+        raise InvalidValue(where, "maps", type(wire).__name__)
     try:
-        return Open(**{name: wire[name] for name in _FIELDS[Open] if name in wire})
+        return cls(**{name: wire[name] for name in _FIELDS[cls] if name in wire})
     except TypeError as error:
-        raise BadMessage(f"open: {error}"[:200]) from None
+        raise BadMessage(f"{where}: {error}"[:200]) from None

@@ -65,6 +65,7 @@ class ManagerConfig:
     sequence_tokens_max  tokens of one sequence
     batch_max            items of one kind (opens, grows, ...) in one step
     workers_max, clients_max, handoffs_max   entries in those tables; the oldest idle client is forgotten when its table is full
+    waiting_max, waiting_tokens_max   prompts in the waiting queue, and their tokens together
     message_bytes_max    one message on the wire
     lease_ms             a worker that does not acknowledge for this long is fenced
     heartbeat_ms         an idle publisher says where it stands this often
@@ -83,6 +84,8 @@ class ManagerConfig:
     workers_max: int = 256
     clients_max: int = 1024
     handoffs_max: int = 4096
+    waiting_max: int = 4096
+    waiting_tokens_max: int = 1 << 26
     message_bytes_max: int = 64 << 20
     lease_ms: int = 10_000
     heartbeat_ms: int = 200
@@ -109,6 +112,8 @@ class ManagerConfig:
         check_int("workers_max", self.workers_max, 1, 1 << 16)
         check_int("clients_max", self.clients_max, 1, 1 << 16)
         check_int("handoffs_max", self.handoffs_max, 1, 1 << 20)
+        check_int("waiting_max", self.waiting_max, 0, 1 << 20)
+        check_int("waiting_tokens_max", self.waiting_tokens_max, 0, 1 << 32)
         check_int("message_bytes_max", self.message_bytes_max, 4096, 1 << 30)
         check_int("lease_ms", self.lease_ms, 10, 86_400_000)
         check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)

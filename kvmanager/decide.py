@@ -33,6 +33,7 @@ from kvmanager.pool import Pool
 from kvmanager.prefix import PAGE_ID, TOKEN_BYTES
 from kvmanager.sequences import slot_of
 from kvmanager.state import State
+from kvmanager.waiting import dequeue, enqueue
 
 __all__ = ["Decision", "decide"]
 
@@ -160,7 +161,7 @@ def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
 
 def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, Any]:
     limit = draft.state.config.batch_max
-    for name in ("opens", "grow", "close", "tokens", "hand_off", "abort"):
+    for name in ("opens", "grow", "close", "tokens", "hand_off", "abort", "dequeue", "enqueue"):
         if len(getattr(command, name)) > limit:
             raise InvalidValue(f"step.{name}", f"at most {limit} items", len(getattr(command, name)))
     reply: dict[str, Any] = {}
@@ -187,6 +188,10 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
         _grow(draft, command, refused)
     if command.opens:
         reply["opened"] = [attempt("open", index, admit, item, client, now_ms) for index, item in enumerate(command.opens)]
+    for index, waiting_id in enumerate(command.dequeue.tolist()):
+        attempt("dequeue", index, dequeue, waiting_id)
+    if command.enqueue:
+        reply["queued"] = [attempt("enqueue", index, enqueue, item, client) or 0 for index, item in enumerate(command.enqueue)]
     if refused:
         reply["refused"] = refused
     return reply
@@ -356,7 +361,7 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
     tokens = bytes(sequence.tokens[: length * TOKEN_BYTES])
     found = pages.match(sequence.namespace, tokens, length // pool.page_size)
     shared = found.pages()
-    pinned = pages.pin(found.nodes)
+    pinned = pages.pin(found.nodes, found.last_pages)
     if pages.can_take(total - len(shared)) < total - len(shared):
         pages.unpin(pinned)
         if at is not HandoffState.RESERVING:
@@ -444,7 +449,7 @@ def _publish(draft: Draft) -> None:
                 break
             count = min(pool.prefix.equal_pages(child, tokens, at * step), len(pages) - at)
             pages[at : at + count] = np.frombuffer(child.ids, PAGE_ID)[:count]
-            draft.pool(pool.index).pin([child])
+            draft.pool(pool.index).pin([child], count)
             node, at, end = child, at + count, (child, count)
         if len(pages):
             draft.events.append(ev.PagesPublished(sequence_id, first, pages))

@@ -6,6 +6,7 @@ popped and pushed, nodes trimmed or pinned, acknowledgements that just came in. 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,34 +82,38 @@ class PoolDraft:
         self.events = events
         self.free = PagesDraft(pool.free)
         self.trimmed: dict[Node, int] = {}  # pages that remain of a node
-        self.pinned: dict[Node, None] = {}  # matched by this command: not to be evicted by it
+        self.pinned: dict[Node, int] = {}  # leading pages of a node that this command matched: not to be evicted by it
         self.evictable = pool.counts().cached  # an upper bound that makes hopeless searches cheap
+        self.ahead: deque[Node] = deque()  # victims that have been looked at, and may have something left
+        self.further = pool.prefix.victims(acked)
 
     def match(self, namespace: bytes, tokens: bytes, pages_max: int) -> Match:
         return self.pool.prefix.match(namespace, tokens, pages_max, self.trimmed)
 
-    def pin(self, nodes: list[Node]) -> list[Node]:
-        """Keep these nodes; gives those that were not kept before, so that the caller can take it back."""
-        fresh = [node for node in nodes if node not in self.pinned]
-        self.pinned.update(dict.fromkeys(fresh))
-        return fresh
+    def pin(self, nodes: list[Node], last_pages: int) -> list[tuple[Node, int]]:
+        """Keep these nodes, of the last one so many pages; gives what was kept of them before, for `unpin`."""
+        before = [(node, self.pinned.get(node, 0)) for node in nodes]
+        for node, kept in before:
+            self.pinned[node] = max(kept, node.count if node is not nodes[-1] else last_pages)
+        return before
 
-    def unpin(self, nodes: list[Node]) -> None:
-        for node in nodes:
-            del self.pinned[node]
+    def unpin(self, before: list[tuple[Node, int]]) -> None:
+        """Take back a `pin`; the last one first."""
+        self.pinned.update(before)
 
     def _victims(self) -> Iterator[tuple[Node, int]]:
-        """(node, pages that may go) in least-recently-used order; leaves come before their parents by construction of `lru`.
-
-        A page is safe to reuse only if every worker has acknowledged the version in which it lost its last owner: until then a step
-        in flight may read it.
-        """
-        for node in self.pool.prefix.lru:
-            if node.last_used > self.acked:
-                return  # the order is by last use, so all that follow are newer still
-            left = self.trimmed.get(node, node.count)
-            if left and node not in self.pinned:
-                yield node, left
+        """(node, pages that may go), first to go first, leaves before their parents. Each node is looked up once for a whole command."""
+        while self.ahead and self.trimmed.get(self.ahead[0], 1) == 0:
+            self.ahead.popleft()
+        for node in self.ahead:
+            loose = self.trimmed.get(node, node.count) - self.pinned.get(node, 0)
+            if loose > 0:
+                yield node, loose
+        for node in self.further:
+            self.ahead.append(node)
+            loose = node.count - self.pinned.get(node, 0)
+            if loose > 0:
+                yield node, loose
 
     def can_take(self, count: int) -> int:
         """How many of `count` pages could be had now, by evicting if need be."""
@@ -116,8 +121,8 @@ class PoolDraft:
         if have >= count:
             return count
         if self.evictable > 0:
-            for _, left in self._victims():
-                have += left
+            for _, loose in self._victims():
+                have += loose
                 if have >= count:
                     return count
         return have
@@ -127,8 +132,8 @@ class PoolDraft:
         short = count - len(self.free)
         if short > 0:
             evicted: list[np.ndarray] = []
-            for node, left in self._victims():
-                gone = min(short, left)
+            for node, loose in self._victims():
+                gone, left = min(short, loose), self.trimmed.get(node, node.count)
                 evicted.append(np.frombuffer(node.ids, PAGE_ID)[left - gone : left][::-1])  # the run's end first
                 self.trimmed[node] = left - gone
                 short -= gone
@@ -160,6 +165,9 @@ class Draft:
         self.closed: dict[int, None] = {}
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}
+        self.dequeued: dict[int, None] = {}
+        self.enqueued = 0
+        self.waiting_change = 0  # tokens of waiting prompts
         self._pools: dict[int, PoolDraft] = {}
 
     def pool(self, index: int) -> PoolDraft:

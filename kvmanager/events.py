@@ -88,6 +88,7 @@ class SequenceOpened(NamedTuple):
     cached: Ints32
     fresh: Ints32
     length: int
+    priority: int
 
 
 class SequencesGrown(NamedTuple):
@@ -208,7 +209,26 @@ class ClientAnswered(NamedTuple):
 
 
 class ClientForgotten(NamedTuple):
+    """Its waiting prompts leave the queue."""
+
     client: int
+
+
+class PromptEnqueued(NamedTuple):
+    """A prompt waits, behind all others or before them, to be opened in one of these pools. In a snapshot: in the order of the queue."""
+
+    waiting: int
+    client: int
+    pools: Ints32
+    namespace: bytes
+    tokens: Ints32
+    front: int
+
+
+class PromptsDequeued(NamedTuple):
+    """They wait no longer: opened, or given up."""
+
+    waiting: Ints64
 
 
 # Snapshot events: they build a state from nothing.
@@ -252,9 +272,12 @@ class NodeRestored(NamedTuple):
     pages: Ints32
     refs: int
     last_used: int
+    priority: int
 
 
 class LruRestored(NamedTuple):
+    """The order of eviction: nodes that nobody holds and nobody waits for, first to go first."""
+
     pool: int
     nodes: Ints64
 
@@ -282,6 +305,7 @@ class SequenceRestored(NamedTuple):
     handoff: int
     sealed: int
     holds: int
+    priority: int
 
 
 class HandoffRestored(NamedTuple):
@@ -301,6 +325,10 @@ class HandoffRestored(NamedTuple):
     target_pages: Ints32
     target_node: int
     pulled: Ints64
+
+
+class PolicyRestored(NamedTuple):
+    next_waiting: int
 
 
 class ClientRestored(NamedTuple):
@@ -370,6 +398,9 @@ EVENTS: tuple[type, ...] = (
     LivesRestored,
     InFlightRestored,
     GrownFurther,
+    PromptEnqueued,
+    PromptsDequeued,
+    PolicyRestored,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 
 from kvmanager.errors import InvariantBroken
+from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES
 from kvmanager.state import State
 
@@ -65,8 +66,8 @@ def check_invariants(state: State) -> None:
             indexed += node.pages
             if node.refs != node_refs[id(node)]:
                 _fail(pool.name, f"index node of page {node.pages[0]}: refs {node.refs}, holders {node_refs[id(node)]}")
-            if (node in pool.prefix.lru) != (node.refs == 0):
-                _fail(pool.name, f"index node of page {node.pages[0]}: refs {node.refs} and in lru {node in pool.prefix.lru}")
+            if (node in pool.prefix.order) != (node.refs == 0 and node.waiters is None):
+                _fail(pool.name, f"index node of page {node.pages[0]}: refs {node.refs}, in order of eviction {node in pool.prefix.order}")
             if len(node.tokens) != len(node.pages) * pool.prefix.page_bytes or not node.pages:
                 _fail(pool.name, f"index node of page {node.pages[:1]}: {len(node.tokens)} token bytes for {len(node.pages)} pages")
             if any(pool.prefix.node_of[page] is not node for page in node.pages):
@@ -84,11 +85,44 @@ def check_invariants(state: State) -> None:
         mapped = sum(node is not None for node in pool.prefix.node_of)
         if not mapped == pool.prefix.pages_indexed == len(indexed):
             _fail(pool.name, f"page map holds {mapped} pages and counts {pool.prefix.pages_indexed}, the tree {len(indexed)}")
-        seen: set[int] = set()
-        for node in pool.prefix.lru:  # children before parents: the oldest is a leaf
-            if any(id(child) not in seen for child in node.children.values()):
-                _fail(pool.name, f"lru: node of page {node.pages[0]} stands before one of its children")
-            seen.add(id(node))
+        check_queue(state, pool)
+
+
+def check_queue(state: State, pool: Pool) -> None:
+    """The waiting queue is where it says it is, and whatever may be evicted comes in an order that never takes a parent first."""
+    prefix = pool.prefix
+    if [prompt.waiting_id for prompt in state.waiting.values() if pool.index in prompt.pools] != list(prefix.queue.entries):
+        _fail(pool.name, f"waiting prompts {list(prefix.queue.entries)[:8]} are not the queue's")
+    waiters: dict[int, list[int]] = {}
+    sought: dict[tuple[int, bytes], list[int]] = {}
+    for waiting in prefix.queue.entries.values():
+        path = list(waiting.node.path())[::-1]
+        run = b"".join(node.tokens for node in path)
+        found = prefix.match(waiting.namespace, waiting.tokens, len(waiting.tokens) // prefix.page_bytes)
+        if run != waiting.tokens[: waiting.at] or len(run) != found.page_count() * prefix.page_bytes:
+            _fail(pool.name, f"waiting prompt {waiting.waiting_id}: stands at {waiting.at}, the index has {found.page_count()} pages of it")
+        for node in path:
+            waiters.setdefault(id(node), []).append(waiting.waiting_id)
+        if waiting.at < len(waiting.tokens):
+            sought.setdefault((id(waiting.node), waiting.tokens[waiting.at :][: prefix.page_bytes]), []).append(waiting.waiting_id)
+    listed: dict[tuple[int, bytes], list[int]] = {}
+    for node in [*prefix.roots.values(), *(node for _, node in prefix.walk())]:
+        if list(node.waiters or []) != waiters.get(id(node), []):
+            _fail(pool.name, f"node {node.pages[:1]}: lists waiting prompts {list(node.waiters or [])}, expected {waiters.get(id(node))}")
+        listed.update({(id(node), key): list(group) for key, group in (node.sought or {}).items()})
+    if listed != sought:
+        _fail(pool.name, f"pages sought by waiting prompts: {list(listed.values())[:8]}, expected {list(sought.values())[:8]}")
+    gone: set[int] = set()
+    for node in prefix.victims(state.version):
+        if any(id(child) not in gone for child in node.children.values()):
+            _fail(pool.name, f"order of eviction: node of page {node.pages[0]} stands before one of its children")
+        gone.add(id(node))
+    if len(gone) != sum(node.refs == 0 for _, node in prefix.walk()):
+        _fail(pool.name, f"order of eviction: {len(gone)} nodes, not all that nobody holds")
+    for nodes in prefix.order.classes:
+        used = [node.last_used for node in nodes]
+        if used != sorted(used):
+            _fail(pool.name, f"order of eviction: {used} is not the order of last use")
 
 
 def _fail(pool: str, text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 
 from kvmanager.apply import apply
-from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, Tokens, WorkerGone
+from kvmanager.commands import Ack, Command, Enqueue, Join, Open, Step, Tick, Tokens, WorkerGone
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide, stale_number
 from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
@@ -59,6 +59,7 @@ class StepReply:
     version   workers run this step on tables of this version
     opened    one for each of step.opens, None where refused
     handoffs  handoff id for each of step.hand_off, 0 where refused
+    queued    id for each of step.enqueue, 0 where refused
     refused   items that were not done
     notices   news of this client's sequences since its last reply (see Notice)
     """
@@ -66,6 +67,7 @@ class StepReply:
     version: int
     opened: list[Opened | None] = field(default_factory=list)
     handoffs: list[int] = field(default_factory=list)
+    queued: list[int] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
 
@@ -79,6 +81,7 @@ def _step_reply(reply: dict[str, Any]) -> StepReply:
         reply["version"],
         [Opened(*item) if item else None for item in reply.get("opened", [])],
         reply.get("handoffs", []),
+        reply.get("queued", []),
         [Refused(kind, index, error_from_wire(*error)) for kind, index, *error in reply.get("refused", [])],
         [Notice(*item) for item in reply.get("notices", [])],
     )
@@ -116,12 +119,15 @@ class Surface:
         tokens: Sequence[tuple[int, Tokens]] = (),
         hand_off: Sequence[tuple[int, str]] = (),
         abort: Any = (),
+        dequeue: Any = (),
+        enqueue: Sequence[Enqueue] = (),
     ) -> StepReply:
         """One scheduler step for the whole batch; see `commands.Step` for each argument and their order.
 
         Raises InvalidValue if any value is malformed; nothing has changed then. Items that cannot be done are in `.refused`.
         """
-        reply = _step_reply(self._execute(Step(tuple(opens), grow, grow_counts, close, tuple(tokens), tuple(hand_off), abort)))
+        command = Step(tuple(opens), grow, grow_counts, close, tuple(tokens), tuple(hand_off), abort, dequeue, tuple(enqueue))
+        reply = _step_reply(self._execute(command))
         if self.notices:
             reply.notices[:0], self.notices = self.notices, []
         return reply
@@ -143,12 +149,14 @@ class Surface:
         chunk: int = 0,
         group: str = "",
         wait: bool = True,
+        priority: int = 0,
+        waiting: int = 0,
     ) -> Opened:
         """Open one sequence; see `commands.Open`.
 
         Raises OutOfPages, PrefixPending, SequenceTooLarge, PoolNotReady, Unknown (pool, group), TooMany.
         """
-        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group, wait),)))
+        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group, wait, priority, waiting),)))
         return Opened(*reply["opened"][0])
 
     def grow(self, sequence: int, count: int = 1) -> int:
@@ -162,6 +170,16 @@ class Surface:
     def close(self, sequence: int) -> int:
         """End a sequence. Its written pages stay cached for sharing until they are evicted. Raises Unknown."""
         return self._one("close", Step(close=[sequence]))["version"]
+
+    def enqueue(
+        self, tokens: Tokens, pool: str = "", *, tenant: bytes = b"", extra: bytes = b"", group: str = "", front: bool = False
+    ) -> int:
+        """A prompt waits in the scheduler's queue; gives its id. See `commands.Enqueue`. Raises Unknown (pool, group), TooMany."""
+        return self._one("enqueue", Step(enqueue=(Enqueue(tokens, pool, tenant, extra, group, front),)))["queued"][0]
+
+    def dequeue(self, waiting: int) -> int:
+        """A prompt waits no longer, and was not opened; gives the version. Raises Unknown."""
+        return self._one("dequeue", Step(dequeue=[waiting]))["version"]
 
     def hand_off(self, sequence: int, pool: str) -> int:
         """Move a sequence to another pool; gives the handoff id. The outcome comes as a notice: resident or aborted."""

@@ -4,20 +4,21 @@ Owns which cached page stands for which tokens. Sharing needs equality: a page i
 namespace: tenant salt and extra key) of everything before and in it, compared as bytes; Python's dict compares after hashing.
 
 Every open sequence that uses indexed pages holds one reference on each node from its last one up to the root, so references never
-grow downwards. A node's pages all have the same holders: a match that ends inside a run splits it. Nodes without holders wait in
-`lru`, oldest first; because `release` lets go of children before parents, the oldest is always a leaf.
+grow downwards. A node's pages all have the same holders, priority and waiting prompts: a match that ends inside a run splits it. Nodes
+without holders stand in `order` or are spared for the `queue`: see `eviction` and `queue_hint`.
 
 Nothing here does IO or reads a clock; "time" is the version of the step.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 
 import numpy as np
 
 from kvmanager.errors import InvariantBroken
+from kvmanager.eviction import PRIORITY_MIN, EvictionOrder
+from kvmanager.queue_hint import Waiters, WaitingQueue
 
 __all__ = ["TOKEN_BYTES", "Match", "Node", "PrefixIndex"]
 
@@ -34,7 +35,7 @@ class Node:
     its `tokens` are its namespace.
     """
 
-    __slots__ = ("children", "ids", "last_used", "parent", "refs", "tokens")
+    __slots__ = ("children", "ids", "last_used", "parent", "priority", "refs", "sought", "tokens", "waiters")
 
     def __init__(self, parent: Node | None, tokens: bytes, ids: bytes) -> None:
         self.parent = parent
@@ -43,6 +44,9 @@ class Node:
         self.children: dict[bytes, Node] = {}
         self.refs = 0
         self.last_used = 0
+        self.priority = PRIORITY_MIN  # whoever holds it raises it
+        self.waiters: Waiters | None = None  # prompts in the queue that would use its pages, nearest first
+        self.sought: dict[bytes, Waiters] | None = None  # those that end here, by the page that they would use next
 
     @property
     def count(self) -> int:
@@ -84,7 +88,7 @@ class Match:
 
 
 class PrefixIndex:
-    """The tree, the page -> node map and the least-recently-used order of one pool."""
+    """The tree, the page -> node map, the order of eviction and the waiting prompts of one pool."""
 
     def __init__(self, page_size: int, num_pages: int) -> None:
         self.page_bytes = page_size * TOKEN_BYTES
@@ -92,7 +96,17 @@ class PrefixIndex:
         self.roots: dict[bytes, Node] = {}
         self.node_of = np.empty(num_pages, object)  # by page, None where it is not indexed; untouched memory costs nothing
         self.pages_indexed = 0
-        self.lru: OrderedDict[Node, None] = OrderedDict()
+        self.order = EvictionOrder()
+        self.queue = WaitingQueue(self)
+
+    def victims(self, acked: int) -> Iterator[Node]:
+        """Nodes that may be evicted once all their children are, first to go first.
+
+        A page is safe to reuse only if every worker has acknowledged the version in which it lost its last owner: until then a step
+        in flight may read it.
+        """
+        yield from self.order.victims(acked)
+        yield from self.queue.victims(acked)
 
     # --- reading -------------------------------------------------------------------------------------------------------------
 
@@ -149,7 +163,7 @@ class PrefixIndex:
         if not root.refs and not root.children:
             del self.roots[namespace]
 
-    def acquire(self, namespace: bytes, pages: np.ndarray, version: int) -> Node:
+    def acquire(self, namespace: bytes, pages: np.ndarray, version: int, priority: int) -> Node:
         """Enter the namespace and hold these pages, which lead in it; gives the node where they end.
 
         No token is compared here: that was decided, and the pages say where in the tree it ended.
@@ -168,33 +182,46 @@ class PrefixIndex:
         rest = len(wanted) - len(found)
         if end is None or node is not root or rest <= 0 or found + end.ids[:rest] != wanted:
             raise InvariantBroken(f"prefix index: expected pages {pages[:8]}... from the root of their namespace on")
-        node = self._split(end, rest // ID_BYTES)
-        self.hold(node, version)
+        node = self.split(end, rest // ID_BYTES)
+        self.hold(node, version, priority)
         return node
 
-    def hold(self, node: Node, version: int) -> None:
-        """One more holder of this node and everything above it."""
+    def hold(self, node: Node, version: int, priority: int) -> None:
+        """One more holder of this node and everything above it, which get its priority if it is higher than theirs."""
         for each in node.path():
-            if each.refs == 0:
-                self.lru.pop(each, None)
-            each.refs += 1
-            each.last_used = version
+            self._hold_one(each, version, priority)
+
+    def _hold_one(self, node: Node, version: int, priority: int) -> None:
+        if node.refs == 0:
+            self.withhold(node)
+        node.refs += 1
+        node.last_used = version
+        node.priority = max(node.priority, priority)
+
+    def withhold(self, node: Node) -> None:
+        """It is held or spared from now on: not in the order of eviction."""
+        self.order.discard(node)
+
+    def loosen(self, node: Node) -> None:
+        """Nobody holds it any more: the last in the order of eviction, unless it is spared for the queue."""
+        if node.waiters is None:
+            self.order.add(node)
 
     def release(self, node: Node, version: int) -> None:
-        """One holder less. Nodes that nobody holds any more stay cached, newest at the end of `lru`."""
+        """One holder less. Nodes that nobody holds any more stay cached."""
         for each in node.path():
             each.refs -= 1
             if each.refs < 0:
                 raise InvariantBroken(f"prefix index: node of page {each.pages[0]} released more often than held")
             if each.refs == 0:
                 each.last_used = version
-                self.lru[each] = None
+                self.loosen(each)
 
-    def _split(self, node: Node, page_count: int) -> Node:
+    def split(self, node: Node, page_count: int) -> Node:
         """The node that ends after `page_count` pages of `node`: itself, or a new parent that takes those pages over.
 
         The lower half stays the same object: sequences that end there keep pointing at the right place. The caller takes hold of
-        the upper half at once, so it never has to be put into the middle of `lru`.
+        the upper half at once, or spares it, so it never has to be put into the middle of the order of eviction.
         """
         if page_count == node.count:
             return node
@@ -202,14 +229,15 @@ class PrefixIndex:
         if parent is None:
             raise InvariantBroken("prefix index: the root has no pages to split")
         upper = Node(parent, node.tokens[:cut], node.ids[: page_count * ID_BYTES])
-        upper.refs, upper.last_used = node.refs, node.last_used
+        upper.refs, upper.last_used, upper.priority = node.refs, node.last_used, node.priority
+        self.queue.split(upper, node)
         parent.children[node.tokens[: self.page_bytes]] = upper
         node.parent, node.tokens, node.ids = upper, node.tokens[cut:], node.ids[page_count * ID_BYTES :]
         upper.children[node.tokens[: self.page_bytes]] = node
         self.node_of[np.frombuffer(upper.ids, PAGE_ID)] = upper
         return upper
 
-    def publish(self, node: Node, tokens: bytes, pages: np.ndarray, version: int) -> Node:
+    def publish(self, node: Node, tokens: bytes, pages: np.ndarray, version: int, priority: int) -> Node:
         """Continue below `node` (held by the publisher) with pages: equal ones already indexed are taken instead of the given.
 
         `pages[i]` stands for tokens[i * page]. The caller has decided the same walk and lists the indexed ids. Gives the new end.
@@ -220,25 +248,25 @@ class PrefixIndex:
             if child is None:
                 break
             count = min(self.equal_pages(child, tokens, at * step), len(pages) - at)
-            child = self._split(child, count)
+            child = self.split(child, count)
             if child.ids != ids[at * ID_BYTES : (at + count) * ID_BYTES]:
                 raise InvariantBroken(f"prefix index: expected pages {child.pages[:8]}..., event says {pages[at : at + count][:8]}...")
-            if child.refs == 0:
-                self.lru.pop(child, None)
-            child.refs += 1
-            child.last_used = version
+            self._hold_one(child, version, priority)
             node, at = child, at + count
         if at == len(pages):
             return node
         rest_tokens, rest = tokens[at * step : len(pages) * step], ids[at * ID_BYTES :]
-        if node.parent is not None and not node.children and node.refs == 1:  # only the publisher ends here: one longer run
+        alone = node.parent is not None and not node.children and node.refs == 1 and node.waiters is None
+        if alone and node.priority == priority:  # only the publisher ends here: one longer run
             node.tokens += rest_tokens
             node.ids += rest
+            self.node_of[pages[at:]] = node
         else:
             node.children[rest_tokens[:step]] = child = Node(node, rest_tokens, rest)
-            child.refs, child.last_used = 1, version
+            child.refs, child.last_used, child.priority = 1, version, priority
+            self.node_of[pages[at:]] = child
+            self.queue.published(node, child)
             node = child
-        self.node_of[pages[at:]] = node
         self.pages_indexed += len(pages) - at
         return node
 
@@ -260,11 +288,12 @@ class PrefixIndex:
 
     def _cut(self, node: Node, count: int) -> None:
         """Forget the last `count` pages of a free leaf."""
+        self.queue.cut(node, node.count - count)
         if count < node.count:
             node.ids = node.ids[: -count * ID_BYTES]
             node.tokens = node.tokens[: -count * self.page_bytes]
             return
-        self.lru.pop(node, None)
+        self.order.discard(node)
         parent = node.parent
         if parent is None:
             raise InvariantBroken("prefix index: the root has no pages to forget")
@@ -274,11 +303,13 @@ class PrefixIndex:
 
     def drop_all(self) -> np.ndarray:
         """Forget everything (the pool's memory is gone); gives the cached pages. No node may be held, no sequence open."""
-        loose = np.frombuffer(b"".join([node.ids for node in self.lru]), PAGE_ID)
-        if len(loose) != self.pages_indexed:
+        nodes = [node for _, node in self.walk()]
+        if any(node.refs for node in nodes):
             raise InvariantBroken("prefix index: dropped while somebody holds pages")
-        self.roots, self.lru = {}, OrderedDict()
+        loose = np.frombuffer(b"".join([node.ids for node in nodes]), PAGE_ID)
+        self.roots, self.order = {}, EvictionOrder()
         self.node_of, self.pages_indexed = np.empty(self.num_pages, object), 0
+        self.queue.start_over()
         return loose
 
     def walk(self) -> Iterator[tuple[bytes, Node]]:

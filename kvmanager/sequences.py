@@ -36,6 +36,7 @@ class Sequence:
     written     tokens that each worker of the pool has acknowledged as written
     handoff     the active handoff, 0 if none; sealed sequences do not grow
     holds       handoffs that still hold the source pages: their ids must not be swapped
+    priority    of its pages, once they are cached (see eviction)
     """
 
     sequence_id: int
@@ -49,6 +50,7 @@ class Sequence:
     handoff: int = 0
     sealed: bool = False
     holds: int = 0
+    priority: int = 0
 
 
 class Tables:

@@ -34,11 +34,19 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
             parent = numbered.get(node.parent, 0) if node.parent is not None else 0
             events.append(
                 ev.NodeRestored(
-                    pool.index, numbered[node], parent, namespace, node.tokens, np.frombuffer(node.ids, PAGE_ID), node.refs, node.last_used
+                    pool.index,
+                    numbered[node],
+                    parent,
+                    namespace,
+                    node.tokens,
+                    np.frombuffer(node.ids, PAGE_ID),
+                    node.refs,
+                    node.last_used,
+                    node.priority,
                 )
             )
         numbers.append(numbered)
-        events.append(ev.LruRestored(pool.index, np.array([numbered[node] for node in pool.prefix.lru] if with_index else [], np.int64)))
+        events.append(ev.LruRestored(pool.index, np.array([numbered[node] for node in pool.prefix.order] if with_index else [], np.int64)))
         entries = pool.quarantine
         events.append(
             ev.PoolRestored(
@@ -70,6 +78,7 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
                 sequence.handoff,
                 int(sequence.sealed),
                 sequence.holds,
+                sequence.priority,
             )
         )
     for pool in state.pools:
@@ -98,6 +107,18 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
                 np.array(list(handoff.pulled), np.int64),
             )
         )
+    for prompt in state.waiting.values() if with_index else ():
+        events.append(
+            ev.PromptEnqueued(
+                prompt.waiting_id,
+                prompt.client,
+                np.array(prompt.pools, np.int32),
+                prompt.namespace,
+                np.frombuffer(prompt.tokens, "<i4"),
+                0,
+            )
+        )
+    events.append(ev.PolicyRestored(state.next_waiting))
     for client in state.clients.values():
         notices = msgpack.packb([list(notice) for notice in client.notices])
         events.append(ev.ClientRestored(client.client_id, client.number, client.version, client.reply, notices))

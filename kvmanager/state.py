@@ -7,6 +7,7 @@ processes that apply the same batches hold the same state, and `snapshot` writes
 from __future__ import annotations
 
 import struct
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from kvmanager.errors import Fenced, Unknown
 from kvmanager.handoff import Handoff
 from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES
+from kvmanager.queue_hint import Prompt
 from kvmanager.sequences import Sequence, Tables
 
 __all__ = ["Client", "Notice", "State", "Worker", "encode_namespace"]
@@ -83,10 +85,13 @@ class State:
         self.pool_workers: list[list[int]] = []
         self.handoffs: dict[int, Handoff] = {}
         self.clients: dict[int, Client] = {}
+        self.waiting: OrderedDict[int, Prompt] = OrderedDict()  # the scheduler's queue, nearest first
+        self.waiting_tokens = 0
         self.free_slots: list[int] = list(range(config.sequences_max - 1, -1, -1))
         self.next_generation = 1
         self.next_worker = 1
         self.next_handoff = 1
+        self.next_waiting = 1
         self.past: dict[int, int] = {}  # earlier lives that this log continues, oldest first: epoch -> its last version
         self.begun = 0  # the first version of this life, if it continues another
 

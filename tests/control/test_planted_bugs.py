@@ -59,17 +59,17 @@ def fenced_worker_holds_nothing(patch: pytest.MonkeyPatch) -> None:
 @plant
 def eviction_ignores_acks(patch: pytest.MonkeyPatch) -> None:
     def victims(self: PoolDraft) -> Iterator[tuple[Node, int]]:
-        for node in self.pool.prefix.lru:
-            left = self.trimmed.get(node, node.count)
-            if left and node not in self.pinned:
-                yield node, left
+        for node in self.pool.prefix.order:
+            loose = self.trimmed.get(node, node.count) - self.pinned.get(node, 0)
+            if loose > 0:
+                yield node, loose
 
     patch.setattr(PoolDraft, "_victims", victims)
 
 
 @plant
 def eviction_takes_what_the_same_step_shares(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PoolDraft, "pin", lambda self, nodes: [])
+    patch.setattr(PoolDraft, "pin", lambda self, nodes, last_pages: [])
 
 
 @plant

@@ -92,7 +92,7 @@ def test_equality_decides_where_hashes_collide(monkeypatch: pytest.MonkeyPatch) 
     index = PrefixIndex(16, 16)
     texts = [Colliding(tokens(32, 100 * each).tobytes()) for each in range(5)]
     for number, text in enumerate(texts):
-        index.publish(index.enter(b""), text, np.array([2 * number, 2 * number + 1], np.int32), 1)
+        index.publish(index.enter(b""), text, np.array([2 * number, 2 * number + 1], np.int32), 1, 0)
     for number, text in enumerate(texts):
         assert index.match(b"", text, 2).pages().tolist() == [2 * number, 2 * number + 1]
     assert index.match(b"", Colliding(tokens(32, 7).tobytes()), 2).pages().tolist() == []
