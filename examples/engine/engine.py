@@ -66,7 +66,7 @@ class Engine:
         self._open: list[Any] = [self.fleet.stop]
         try:
             self.fleet.start_manager(pools, lease_ms=config.lease_ms)
-            self.client = KVClient(self.fleet.manager_address)
+            self.client = KVClient(self.fleet.manager_address, timeout_ms=30_000, resend_ms=200)
             self._open.append(self.client.disconnect)
             channel = SchedulerChannel(self.fleet.scheduler_address)
             self._open.append(channel.close)

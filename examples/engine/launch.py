@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from kvmanager import KVClient, PoolConfig
 from kvmanager.errors import KVError
 
 __all__ = ["Fleet"]
+
+MANAGER_STARTS = 10  # one that ends that often will not be helped by another start
 
 
 class Fleet:
@@ -32,6 +35,10 @@ class Fleet:
         self.scheduler_address = f"ipc://{self.folder}/scheduler"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._reported: set[str] = set()
+        self._stopping = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._manager_starts = 0
+        self._manager_ended = False
 
     def __enter__(self) -> Self:
         return self
@@ -40,16 +47,30 @@ class Fleet:
         self.stop()
 
     def start_manager(self, pools: Sequence[PoolConfig], *, lease_ms: int = 10_000) -> None:
-        """`kvmanager serve` for these pools; returns once it answers. Raises RuntimeError with its log if it does not."""
+        """`kvmanager serve` for these pools; returns once it answers. Raises RuntimeError with its log if it does not.
+
+        It has a journal: if its process ends, the next one goes on with the same sequences and pages, and nobody else has to end for it.
+        """
         arguments = ["-m", "kvmanager.cli", "serve", "--address", self.manager_address, "--publish", f"ipc://{self.folder}/log"]
         for pool in pools:
             arguments += ["--pool", f"name={pool.name},num_pages={pool.num_pages},page_size={pool.page_size},group={pool.group}"]
-        self._start("manager", [*arguments, "--lease-ms", str(lease_ms)])
+        arguments += ["--lease-ms", str(lease_ms), "--journal", str(self.folder / "journal")]
+        self._keeper = threading.Thread(target=self._keep_manager, args=(arguments,), daemon=True)
+        self._keeper.start()
         try:
             with KVClient(self.manager_address, timeout_ms=15_000, resend_ms=100) as client:
                 client.hello()
         except KVError as error:
             raise RuntimeError(f"{error}\n{self.log('manager')}") from None
+
+    def _keep_manager(self, arguments: list[str]) -> None:
+        """In a thread of its own: the scheduler may be waiting for a reply that the next process will give."""
+        while not self._stopping.is_set() and self._manager_starts < MANAGER_STARTS:
+            self._start("manager", arguments)
+            self._manager_starts += 1
+            if self._processes["manager"].wait() == 2:  # it said why it cannot be started
+                break
+        self._manager_ended = True
 
     def start_worker(self, pool: str, model: Path, *, device: str, dtype: str, max_tokens: int, lease_ms: int, keep_logits: bool) -> None:
         """A worker for `pool`; it reports to the scheduler's channel when it is ready."""
@@ -63,7 +84,7 @@ class Fleet:
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         package_root = str(Path(kvmanager.__file__).parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        with open(self.folder / f"{name}.log", "wb") as log:
+        with open(self.folder / f"{name}.log", "ab") as log:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
@@ -78,9 +99,10 @@ class Fleet:
 
     def dead(self) -> list[str]:
         """Workers whose process was found ended, and reaped, since the last call."""
-        ended = [name for name, process in self._processes.items() if name not in self._reported and process.poll() is not None]
+        workers = [(name, process) for name, process in self._processes.items() if name != "manager"]
+        ended = [name for name, process in workers if name not in self._reported and process.poll() is not None]
         self._reported.update(ended)
-        if "manager" in ended:
+        if self._manager_ended:
             raise RuntimeError(f"the manager's process has ended\n{self.log('manager')}")
         return ended
 
@@ -90,6 +112,7 @@ class Fleet:
 
     def stop(self) -> None:
         """End everything: politely, then not."""
+        self._stopping.set()
         for process in self._processes.values():
             if process.poll() is None:
                 process.terminate()

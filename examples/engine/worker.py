@@ -199,7 +199,7 @@ def main(
     torch.set_num_threads(1)  # several workers share the host's cores; OpenMP threads that wait for each other by spinning do not
     channel = WorkerChannel(scheduler, pool)
     try:
-        with KVClient(manager, timeout_ms=30_000) as client:
+        with KVClient(manager, timeout_ms=30_000, resend_ms=200) as client:
             loaded = LatentModel.load(model, device, getattr(torch, dtype))
             worker = Worker(
                 loaded, client, channel, pool, max_tokens=max_tokens, max_batch=max_batch, lease_ms=lease_ms, keep_logits=keep_logits

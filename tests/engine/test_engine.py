@@ -159,6 +159,25 @@ def test_killed_worker_costs_nobody_an_answer(checkpoint: Path, victim: str) -> 
         assert dead["workers"] == {} and dead["pages"]["free"] == dead["pages"]["total"]
 
 
+@pytest.mark.parametrize("stage", [Stage.PREFILLING, Stage.DECODING])
+def test_killed_manager_comes_back_and_nobody_computes_anything_again(checkpoint: Path, stage: Stage) -> None:
+    """SIGKILL: the next process has the sequences and pages of the last one, workers and scheduler go on; the text is the same."""
+    with Engine(EngineConfig(checkpoint, page_size=PAGE, chunk_tokens=32, keep_latents=True)) as engine:
+        requests = [engine.submit(prompt(30 + 11 * number, 650 + number), 30) for number in range(6)]
+        epochs = [engine.client.stats()["epoch"]]
+        for more in (2, 9) if stage is Stage.DECODING else (2,):
+            _serve_until(
+                engine, requests, lambda more=more: any(each.stage is stage and len(each.generated) >= more - 2 for each in requests)
+            )
+            engine.fleet.kill("manager")
+            _serve_until(engine, requests, lambda: engine.client.stats()["epoch"] != epochs[-1])
+            epochs.append(engine.client.stats()["epoch"])
+        _serve_until(engine, requests, lambda: engine.idle)
+        assert epochs == sorted(set(epochs))
+        assert sum(request.lost + request.preempted for request in requests) == 0
+        assert_served(engine, checkpoint, requests)
+
+
 def test_frozen_worker_is_fenced_then_killed_and_its_requests_end_elsewhere(checkpoint: Path) -> None:
     """SIGSTOP: silence alone frees nothing. The lease ends, its sequences are lost, and its pages come back once it is known dead."""
     import signal
