@@ -20,6 +20,7 @@ from kvmanager import __version__
 from kvmanager.client import KVClient
 from kvmanager.config import ManagerConfig, config_from_mapping
 from kvmanager.errors import InvalidValue, KVError
+from kvmanager.inspect_journal import inspect
 from kvmanager.journal import FSYNC, Journal
 from kvmanager.manager import KVManager
 from kvmanager.replay.command import replay
@@ -177,6 +178,7 @@ def demo(ctx: click.Context) -> None:
 
 
 main.add_command(replay)
+main.add_command(inspect)
 
 
 if __name__ == "__main__":
