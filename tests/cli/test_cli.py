@@ -304,8 +304,11 @@ def test_default_folder_that_others_can_write_to_is_refused(run: Run, tmp_path: 
     [
         pytest.param(["--help"], ["serve", "stats", "demo"], id="kvmanager"),
         pytest.param(["-h"], ["serve", "stats", "demo"], id="short"),
-        pytest.param(["serve", "--help"], ["--config", "--pool", "--address", "--publish", "--lease-ms", "ManagerConfig"], id="serve"),
+        pytest.param(
+            ["serve", "--help"], ["--config", "--pool", "--address", "--publish", "--lease-ms", "--journal", "ManagerConfig"], id="serve"
+        ),
         pytest.param(["stats", "--help"], ["--json", "--address"], id="stats"),
+        pytest.param(["inspect", "--help"], ["JOURNAL", "--at", "--page", "--sequence", "--pool", "--json"], id="inspect"),
     ],
 )
 def test_help_says_everything(arguments: list[str], says: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,10 +327,10 @@ def test_help_of_the_demo_is_its_own(run: Run) -> None:
 
 
 def test_every_command_has_a_help_test() -> None:
-    """A new command gets its line above."""
+    """A new command gets its line above, or in the tests of its own."""
     from kvmanager.cli import main
 
-    assert sorted(main.commands) == ["demo", "serve", "stats"]
+    assert sorted(main.commands) == ["demo", "inspect", "replay", "serve", "stats"]
 
 
 def test_version_is_the_package_s(run: Run) -> None:
