@@ -13,13 +13,19 @@ import numpy as np
 
 from kvmanager import events as ev
 from kvmanager import lives
+from kvmanager.copies import apply_copied
 from kvmanager.errors import InvariantBroken
+from kvmanager.forks import apply_forked, leave_family
 from kvmanager.growth import apply_grown, apply_grown_again, apply_grown_further
 from kvmanager.handoff import Handoff, HandoffState
-from kvmanager.pool import Pages, Pool
+from kvmanager.owners import let_go as _let_go
+from kvmanager.owners import note_place as _note_place
+from kvmanager.owners import note_publishable as _note_publishable
+from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES, Node
 from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
 from kvmanager.state import Client, Notice, State, Worker
+from kvmanager.truncation import apply_truncated
 from kvmanager.waiting import apply_dequeued, apply_enqueued, leave
 
 __all__ = ["apply"]
@@ -96,20 +102,6 @@ def _worker_dead(state: State, event: ev.WorkerDead) -> None:
 # --- sequences -------------------------------------------------------------------------------------------------------------------
 
 
-def _note_publishable(state: State, sequence: Sequence) -> None:
-    publishable = state.pools[sequence.pool].publishable
-    if state.publishable_pages(sequence, state.written(sequence)) > sequence.published:
-        publishable[sequence.sequence_id] = None
-    else:
-        publishable.pop(sequence.sequence_id, None)
-
-
-def _note_place(state: State, sequence: Sequence) -> None:
-    """Its indexed pages end elsewhere, or more of its tokens are known: others may wait for another page of it now."""
-    pool = state.pools[sequence.pool]
-    pool.inflight.note(sequence, pool.prefix.page_bytes, state.now_ms)
-
-
 def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     pool = state.pools[event.pool]
     tokens = event.tokens.astype("<i4").tobytes()
@@ -160,14 +152,6 @@ def _pages_published(state: State, event: ev.PagesPublished) -> None:
     _note_place(state, sequence)
 
 
-def _let_go(state: State, pool: Pool, pages: Pages, indexed: int, node: Node | None) -> None:
-    """One owner of `pages` less, the first `indexed` of which lead in the index and end at `node`."""
-    pool.unshare(pages[:indexed])  # those without an owner are cached now
-    pool.put_in_quarantine(state.version, pool.unshare(pages[indexed:]))
-    if node is not None:
-        pool.prefix.release(node, state.version)
-
-
 def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     sequence = state.sequences.pop(event.sequence)
     pool = state.pools[sequence.pool]
@@ -176,6 +160,7 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     pool.load -= len(sequence.tokens) // TOKEN_BYTES
     pool.publishable.pop(event.sequence, None)
     pool.inflight.forget(event.sequence)
+    leave_family(state, sequence)
     state.tables.close(event.sequence)
     state.free_slots.append(slot_of(event.sequence))
     if event.reason == 1:
@@ -272,6 +257,8 @@ def _handoff_resident(state: State, event: ev.HandoffResident) -> None:
     source.prefix.leave(sequence.namespace)  # the target's namespace was entered at `moving`
     source.publishable.pop(sequence.sequence_id, None)
     source.inflight.forget(sequence.sequence_id)
+    leave_family(state, sequence)
+    sequence.cuts = []  # what the source's workers say counts no longer
     source.load -= len(sequence.tokens) // TOKEN_BYTES
     target.load += len(sequence.tokens) // TOKEN_BYTES
     state.tables.place(sequence.sequence_id, handoff.target, handoff.length, np.array(handoff.target_pages, np.int32))
@@ -409,6 +396,15 @@ def _in_flight_restored(state: State, event: ev.InFlightRestored, _: Restoring) 
         pool.inflight.note(state.sequences[sequence_id], pool.prefix.page_bytes, since_ms)
 
 
+def _sequence_marks_restored(state: State, event: ev.SequenceMarksRestored, _: Restoring) -> None:
+    sequence = state.sequences[event.sequence]
+    sequence.family, sequence.shared, sequence.reserved = event.family, event.shared, event.reserved
+    sequence.cut_floor = event.cut_floor
+    sequence.cuts = list(zip(event.cut_versions.tolist(), event.cut_lengths.tolist(), strict=True))
+    if event.family:
+        state.families.setdefault(event.family, {})[event.sequence] = None
+
+
 def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restoring) -> None:
     handoff = Handoff(
         event.handoff,
@@ -473,6 +469,9 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.HandoffResident: _handoff_resident,
     ev.HandoffAborted: _handoff_aborted,
     ev.HandoffEnded: _handoff_ended,
+    ev.SequencesTruncated: apply_truncated,
+    ev.SequenceForked: apply_forked,
+    ev.PagesCopied: apply_copied,
     ev.ClientAnswered: _client_answered,
     ev.ClientForgotten: _client_forgotten,
     ev.PromptEnqueued: apply_enqueued,
@@ -488,6 +487,7 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.LruRestored: _lru_restored,
     ev.SequenceRestored: _sequence_restored,
     ev.InFlightRestored: _in_flight_restored,
+    ev.SequenceMarksRestored: _sequence_marks_restored,
     ev.HandoffRestored: _handoff_restored,
     ev.ClientRestored: _client_restored,
     ev.PolicyRestored: _policy_restored,

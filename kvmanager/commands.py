@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kvmanager.config import check_int, check_name
+from kvmanager.config import MAX_SLOTS, check_int, check_name
 from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.eviction import PRIORITY_MAX, PRIORITY_MIN
 
@@ -82,6 +82,29 @@ def _pair(name: str, value: object) -> tuple[Any, Any]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise InvalidValue(name, "a pair", repr(value)[:80])
     return value[0], value[1]
+
+
+def _as_pairs(name: str, value: object, high: int, default: int | None = None) -> np.ndarray:
+    """int64 [n, 2] of (id, number in 1..high) pairs, from an array, a list of pairs or little-endian bytes. With a default, ids alone."""
+    if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == 2:
+        value = value.reshape(-1)
+    elif isinstance(value, (list, tuple)):
+        flat: list[Any] = []
+        for number, item in enumerate(value):
+            alone = default is not None and isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+            flat += (item, default) if alone else _pair(f"{name}[{number}]", item)
+        value = flat
+    elif isinstance(value, np.ndarray) and value.ndim == 1 and default is not None:
+        value = np.stack([value, np.full_like(value, default)], axis=1).reshape(-1)
+    elif not isinstance(value, bytes):
+        raise InvalidValue(name, "a list of pairs, or an int array of two columns", type(value).__name__)
+    array = _as_ids(name, value)
+    if len(array) % 2:
+        raise InvalidValue(name, "pairs", f"{len(array)} numbers")
+    pairs = array.reshape(-1, 2)
+    if len(pairs) and pairs[:, 1].max() > high:
+        raise InvalidValue(name, f"ints in 1..{high}", int(pairs[:, 1].max()))
+    return pairs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,7 +184,7 @@ class Enqueue:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One scheduler step for the whole batch, in this order: close, abort, tokens, hand_off, grow, open, dequeue, enqueue.
+    """One scheduler step for the whole batch, in this order: close, abort, truncate, tokens, hand_off, grow, fork, open, dequeue, enqueue.
 
     close        sequence ids, int64
     abort        handoff ids, int64
@@ -172,6 +195,10 @@ class Step:
     opens        Open objects
     dequeue      ids of waiting prompts that wait no longer, int64
     enqueue      Enqueue objects: what this step evicts is chosen before they are looked at
+    truncate     (sequence id, new length) pairs, int64 [n, 2], each sequence once; length >= 1: the sequence is its first tokens again,
+                 and token ids known beyond them are forgotten
+    fork         (sequence id, children) pairs, int64 [n, 2], or sequence ids for one child each: the children begin as the sequence was
+                 before this step's growth
 
     Running sequences come before new ones: if pages run out, opens are refused first. An item that cannot be done is listed in the
     reply and harms no other; a value that is malformed rejects the whole step and changes nothing.
@@ -186,6 +213,8 @@ class Step:
     abort: Any = ()
     dequeue: Any = ()
     enqueue: Any = ()
+    truncate: Any = ()
+    fork: Any = ()
 
     def __post_init__(self) -> None:
         opens = _check_list("step.opens", self.opens)
@@ -213,6 +242,9 @@ class Step:
         for number, item in enumerate(_check_list("step.hand_off", self.hand_off)):
             sequence, pool = _pair(f"step.hand_off[{number}]", item)
             hand_off.append((check_int(f"step.hand_off[{number}]", sequence, 1, INT64_MAX), check_name(f"step.hand_off[{number}]", pool)))
+        truncate = _as_pairs("step.truncate", self.truncate, 1 << 24)
+        if len(truncate) > 1 and len(np.unique(truncate[:, 0])) != len(truncate):
+            raise InvalidValue("step.truncate", "each sequence once", "a sequence twice")
         for name, value in (
             ("opens", opens),
             ("grow", grow),
@@ -223,6 +255,8 @@ class Step:
             ("abort", _as_ids("step.abort", self.abort)),
             ("dequeue", _as_ids("step.dequeue", self.dequeue)),
             ("enqueue", enqueue),
+            ("truncate", truncate),
+            ("fork", _as_pairs("step.fork", self.fork, MAX_SLOTS, default=1)),
         ):
             object.__setattr__(self, name, value)
 
@@ -257,6 +291,7 @@ class Ack:
     ids, tokens   int64 [n]: sequence ids[i] is written up to tokens[i]
     pulled        handoff ids whose pages have arrived and were verified
     epoch         the life of the manager that the worker follows (see Replica); 0 says that it has followed but one
+    as_of         version of the tables that `tokens` speak of, at least `version`; 0 means `version` itself
     """
 
     worker: int
@@ -265,10 +300,12 @@ class Ack:
     tokens: Any = ()
     pulled: Any = ()
     epoch: int = 0
+    as_of: int = 0
 
     def __post_init__(self) -> None:
         check_int("ack.worker", self.worker, 1, INT64_MAX)
         check_int("ack.epoch", self.epoch, 0, INT64_MAX)
+        check_int("ack.as_of", self.as_of, 0, INT64_MAX)
         check_int("ack.version", self.version, 0, INT64_MAX)
         ids, tokens = _as_ids("ack.ids", self.ids), _as_ints("ack.tokens", self.tokens, "<i8", 0, 1 << 24)
         if len(ids) != len(tokens):

@@ -15,6 +15,7 @@ from kvmanager import events as ev
 from kvmanager import lives
 from kvmanager.admission import admit, check_ready
 from kvmanager.commands import Ack, Command, Join, Step, Tick, WorkerGone
+from kvmanager.copies import decide_copies
 from kvmanager.draft import Draft
 from kvmanager.errors import (
     BadMessage,
@@ -27,12 +28,14 @@ from kvmanager.errors import (
     Unknown,
     WrongState,
 )
+from kvmanager.forks import fork, publish_kin
 from kvmanager.growth import grow_same
 from kvmanager.handoff import HandoffState
 from kvmanager.pool import Pool
 from kvmanager.prefix import PAGE_ID, TOKEN_BYTES
 from kvmanager.sequences import slot_of
 from kvmanager.state import State
+from kvmanager.truncation import believed, decide_truncated, truncate
 from kvmanager.waiting import dequeue, enqueue
 
 __all__ = ["Decision", "decide"]
@@ -96,10 +99,12 @@ def _join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, An
 
 def _ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]:
     state = draft.state
-    lives.check_ack(state, command.epoch, command.version)
+    lives.check_ack(state, command.epoch, max(command.version, command.as_of))
     worker = state.worker(command.worker)
     if command.version > state.version:
         raise InvalidValue("ack.version", f"at most {state.version}, the newest there is", command.version)
+    if command.as_of and not command.version <= command.as_of <= state.version:
+        raise InvalidValue("ack.as_of", f"{command.version}..{state.version}", command.as_of)
     draft.events.append(ev.WorkerAcked(command.worker, command.version))
     draft.acks[command.worker] = command.version
     ids, lengths = [], []
@@ -107,6 +112,7 @@ def _ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]
         sequence = state.sequences.get(sequence_id)
         if sequence is None or sequence.pool != worker.pool:
             continue  # closed or moved since: the worker could not know
+        tokens = believed(sequence, tokens, command.as_of or command.version)
         length = state.tables.length(sequence_id)
         if tokens > length:
             raise InvalidValue("ack.tokens", f"at most the {length} tokens of sequence {sequence_id}", tokens)
@@ -161,7 +167,7 @@ def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
 
 def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, Any]:
     limit = draft.state.config.batch_max
-    for name in ("opens", "grow", "close", "tokens", "hand_off", "abort", "dequeue", "enqueue"):
+    for name in ("opens", "grow", "close", "tokens", "hand_off", "abort", "dequeue", "enqueue", "truncate", "fork"):
         if len(getattr(command, name)) > limit:
             raise InvalidValue(f"step.{name}", f"at most {limit} items", len(getattr(command, name)))
     reply: dict[str, Any] = {}
@@ -178,6 +184,9 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
         attempt("close", index, _close, sequence_id)
     for index, handoff_id in enumerate(command.abort.tolist()):
         attempt("abort", index, _abort_asked, handoff_id)
+    for index, (sequence_id, length) in enumerate(command.truncate.tolist()):
+        attempt("truncate", index, truncate, sequence_id, length)
+    decide_truncated(draft)
     for index, (sequence_id, tokens) in enumerate(command.tokens):
         attempt("tokens", index, _append_tokens, sequence_id, tokens)
     if command.hand_off:
@@ -186,8 +195,11 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
         ]
     if len(command.grow) and not grow_same(draft, command):
         _grow(draft, command, refused)
+    if len(command.fork):
+        reply["forked"] = [attempt("fork", index, fork, *item, client) or [] for index, item in enumerate(command.fork.tolist())]
     if command.opens:
         reply["opened"] = [attempt("open", index, admit, item, client, now_ms) for index, item in enumerate(command.opens)]
+    decide_copies(draft)
     for index, waiting_id in enumerate(command.dequeue.tolist()):
         attempt("dequeue", index, dequeue, waiting_id)
     if command.enqueue:
@@ -212,7 +224,7 @@ def _close(draft: Draft, sequence_id: int) -> None:
 def _append_tokens(draft: Draft, sequence_id: int, tokens: np.ndarray) -> None:
     if not draft.alive(sequence_id):
         raise Unknown("sequence", sequence_id)
-    known = len(draft.state.sequences[sequence_id].tokens) // TOKEN_BYTES + draft.appended.get(sequence_id, 0)
+    known = draft.known(draft.state.sequences[sequence_id])
     limit = draft.state.config.sequence_tokens_max
     if known + len(tokens) > limit:
         raise InvalidValue("step.tokens", f"at most {limit} tokens a sequence", known + len(tokens))
@@ -244,9 +256,12 @@ def _grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
             refuse(index, WrongState("sequence", int(ids[index]), "one that is not being handed off", state_name))
     positions = np.flatnonzero(keep)
     rows = tables.rows(ids[positions])
-    lengths = tables.lengths[rows] + counts[positions]
+    lengths, have = tables.lengths[rows], tables.page_counts[rows]
+    if draft.cut:
+        draft.lay_cuts_over(ids[positions], lengths, have)
+    lengths += counts[positions]
     sizes = np.array([pool.page_size for pool in state.pools], np.int64)[tables.pools[rows]]
-    needed = -(-lengths // sizes) - tables.page_counts[rows]
+    needed = -(-lengths // sizes) - have
     long = lengths > state.config.sequence_tokens_max
     page_counts = np.zeros(len(ids), np.int64)
     pages: list[int] = []
@@ -255,7 +270,7 @@ def _grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
     supply: dict[int, int] = {}
     for at in np.flatnonzero((needed > 0) | long).tolist():
         index, pool = int(positions[at]), state.pools[int(tables.pools[rows[at]])]
-        total = int(tables.page_counts[rows[at]] + max(needed[at], 0))
+        total = int(have[at] + max(needed[at], 0))
         if long[at]:
             refuse(index, InvalidValue("step.grow", f"at most {state.config.sequence_tokens_max} tokens a sequence", int(lengths[at])))
         elif total > pool.num_pages:
@@ -344,12 +359,16 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
     """Carry a handoff as far as it goes now: prefilling to sealed to reserving to moving."""
     state = draft.state
     sequence = state.sequences[sequence_id]
+    if sequence_id in draft.cut:
+        return  # the next acknowledgement tells how much of it is written
     if at is HandoffState.PREFILLING:
         if sequence_id in draft.grown or draft.written_tokens(sequence) < state.tables.length(sequence_id):
             return
         draft.events.append(ev.HandoffSealed(handoff_id))
     if not lives.is_current(draft, sequence.pool):
         return
+    if draft.published_pages(sequence) < sequence.shared:
+        return  # a fork may publish these pages for both, and a handoff's pages have to stay as they are: it will be soon
     length = state.tables.length(sequence_id)
     pool = state.pools[target]
     total = int(state.tables.page_counts[state.tables.row(sequence_id)])
@@ -425,7 +444,7 @@ def _publish(draft: Draft) -> None:
         candidates.update(pool.publishable)
     candidates.update(dict.fromkeys(draft.written))
     for sequence_id in candidates:
-        if not draft.alive(sequence_id) or state.sequences[sequence_id].holds:
+        if not draft.alive(sequence_id) or state.sequences[sequence_id].holds or sequence_id in draft.published:
             continue
         sequence = state.sequences[sequence_id]
         pool = state.pools[sequence.pool]
@@ -452,7 +471,10 @@ def _publish(draft: Draft) -> None:
             draft.pool(pool.index).pin([child], count)
             node, at, end = child, at + count, (child, count)
         if len(pages):
+            draft.published[sequence_id] = first + len(pages)
             draft.events.append(ev.PagesPublished(sequence_id, first, pages))
+            if sequence.shared > first:
+                publish_kin(draft, sequence, first, pages, first + at)
 
 
 _DECIDERS: dict[type, Any] = {Step: _step, Join: _join, Ack: _ack, WorkerGone: _gone, Tick: _tick}

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvmanager import events as ev
+from kvmanager.errors import WrongState
 from kvmanager.pool import PageStack, Pool
-from kvmanager.prefix import NO_PAGES, PAGE_ID, Match, Node
+from kvmanager.prefix import NO_PAGES, PAGE_ID, TOKEN_BYTES, Match, Node
 from kvmanager.sequences import Sequence
 from kvmanager.state import NEVER, State
 
-__all__ = ["Draft", "PagesDraft", "PoolDraft", "StackDraft"]
+__all__ = ["Cut", "Draft", "PagesDraft", "PoolDraft", "StackDraft"]
 
 
 class StackDraft:
@@ -146,6 +147,15 @@ class PoolDraft:
         return self.free.pop(count)
 
 
+class Cut(NamedTuple):
+    """A truncation: tokens and leading pages that stay, and the copy of the last page, or -1 and -1."""
+
+    length: int
+    page_count: int
+    source: int
+    target: int
+
+
 class Draft:
     """The difference between the state and what it will be once the events decided so far are applied."""
 
@@ -168,6 +178,10 @@ class Draft:
         self.dequeued: dict[int, None] = {}
         self.enqueued = 0
         self.waiting_change = 0  # tokens of waiting prompts
+        self.cut: dict[int, Cut] = {}  # sequences that are truncated
+        self.cut_pages: dict[int, int] = {}  # pool -> pages that they need for copies
+        self.published: dict[int, int] = {}  # sequence -> pages in the index
+        self.copies: dict[int, dict[int, tuple[int, int]]] = {}  # pool -> target page -> (source page, tokens)
         self._pools: dict[int, PoolDraft] = {}
 
     def pool(self, index: int) -> PoolDraft:
@@ -199,3 +213,38 @@ class Draft:
 
     def alive(self, sequence_id: int) -> bool:
         return sequence_id in self.state.sequences and sequence_id not in self.closed
+
+    def length(self, sequence_id: int) -> int:
+        """Tokens of a sequence after this step's truncation, before its growth."""
+        cut = self.cut.get(sequence_id)
+        return cut.length if cut is not None else self.state.tables.length(sequence_id)
+
+    def lay_cuts_over(self, sequence_ids: np.ndarray, lengths: np.ndarray, page_counts: np.ndarray) -> None:
+        """Write what this step's truncations leave over what the tables say of these sequences."""
+        for at, sequence_id in enumerate(sequence_ids.tolist()):
+            if (cut := self.cut.get(sequence_id)) is not None:
+                lengths[at], page_counts[at] = cut.length, cut.page_count
+
+    def known(self, sequence: Sequence) -> int:
+        """Leading tokens whose ids are known."""
+        known = len(sequence.tokens) // TOKEN_BYTES
+        cut = self.cut.get(sequence.sequence_id)
+        return (min(known, cut.length) if cut is not None else known) + self.appended.get(sequence.sequence_id, 0)
+
+    def published_pages(self, sequence: Sequence) -> int:
+        return self.published.get(sequence.sequence_id, sequence.published)
+
+    def copy(self, pool: int, source: int, target: int, tokens: int) -> None:
+        """The workers are to copy the first slots of a page before they write anything of this step."""
+        copies = self.copies.setdefault(pool, {})
+        copies[target] = copies[source][0] if source in copies else source, tokens
+
+    def refuse_handed_off(self, sequence: Sequence) -> None:
+        """Raises WrongState if a handoff reads the sequence's pages, or will: its table has to stay as it is."""
+        active = sequence.handoff if sequence.handoff not in self.aborted else 0
+        for event in self.events if not active else ():
+            if isinstance(event, ev.HandoffBegun) and event.sequence == sequence.sequence_id:
+                active = event.handoff
+        if active or sequence.holds:
+            got = f"handoff {active}" if active else "an aborted handoff that may still read them"
+            raise WrongState("sequence", sequence.sequence_id, "pages that no handoff holds", got)

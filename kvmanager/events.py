@@ -199,6 +199,38 @@ class HandoffEnded(NamedTuple):
     handoff: int
 
 
+class SequencesTruncated(NamedTuple):
+    """Sequence ids[i] becomes its first lengths[i] tokens, in its first page_counts[i] pages. If targets[i] is not -1, the last of them is
+    that fresh page, of which sources[i] is copied (see PagesCopied): somebody else owns that one as well."""
+
+    ids: Ints64
+    lengths: Ints64
+    page_counts: Ints64
+    sources: Ints32
+    targets: Ints32
+
+
+class SequenceForked(NamedTuple):
+    """`children` begin as the first `length` tokens of `parent`: they share its full pages; `fresh[i]` is the last page of children[i],
+    and gets a copy of the parent's (see PagesCopied). No fresh pages: the length ends with a page."""
+
+    parent: int
+    owner: int
+    length: int
+    children: Ints64
+    fresh: Ints32
+
+
+class PagesCopied(NamedTuple):
+    """Before it writes anything of this step, every worker of the pool copies the first tokens[i] slots, in all layers, of sources[i] to
+    targets[i]. A step for the workers, even if they have nothing to write in it."""
+
+    pool: int
+    sources: Ints32
+    targets: Ints32
+    tokens: Ints32
+
+
 class ClientAnswered(NamedTuple):
     """The client's request `number` got `reply`; a repetition gets the same bytes. The first `notices` of its notices are delivered."""
 
@@ -308,6 +340,18 @@ class SequenceRestored(NamedTuple):
     priority: int
 
 
+class SequenceMarksRestored(NamedTuple):
+    """What only a sequence has that was forked, truncated or given a reserve."""
+
+    sequence: int
+    family: int
+    shared: int
+    reserved: int
+    cut_floor: int
+    cut_versions: Ints64
+    cut_lengths: Ints64
+
+
 class HandoffRestored(NamedTuple):
     handoff: int
     sequence: int
@@ -401,6 +445,10 @@ EVENTS: tuple[type, ...] = (
     PromptEnqueued,
     PromptsDequeued,
     PolicyRestored,
+    SequencesTruncated,
+    SequenceForked,
+    PagesCopied,
+    SequenceMarksRestored,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

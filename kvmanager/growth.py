@@ -44,14 +44,15 @@ def grow_same(draft: Draft, command: Step) -> bool:
                 and handoff.state is not HandoffState.ABORTED
             ):
                 return False
-    lengths = tables.lengths.take(rows)
+    lengths, have = tables.lengths.take(rows), tables.page_counts.take(rows)
+    if draft.cut:
+        draft.lay_cuts_over(ids, lengths, have)
     lengths += counts
     if np.maximum.reduce(lengths) > state.config.sequence_tokens_max:
         return False
     pools = tables.pools.take(rows) if len(state.pools) > 1 else None
     sizes: Any = state.pools[0].page_size if pools is None else np.array([pool.page_size for pool in state.pools], np.int64)[pools]
-    room = tables.page_counts.take(rows)
-    room *= sizes
+    room = have * sizes
     room -= lengths
     at = (room < 0).nonzero()[0]
     if not len(at):
@@ -59,7 +60,7 @@ def grow_same(draft: Draft, command: Step) -> bool:
         draft.grown.update(growing)
         return True
     needed = -(room[at] // (sizes if pools is None else sizes[at]))  # -1 // 64 is -1: one page
-    if not _fits(draft, tables.page_counts[rows[at]] + needed, None if pools is None else pools[at]):
+    if not _fits(draft, have[at] + needed, None if pools is None else pools[at]):
         return False
     if np.maximum.reduce(needed) > 1:
         at = at.repeat(needed)

@@ -19,6 +19,7 @@ def check_invariants(state: State) -> None:
     for pool in state.pools:
         owners: Counter[int] = Counter()
         node_refs: Counter[int] = Counter()
+        own: Counter[int] = Counter()  # what a sequence may write into: nobody else's
         for sequence in state.sequences.values():
             if sequence.pool == pool.index:
                 pages = state.tables.pages_of(sequence.sequence_id).tolist()
@@ -30,10 +31,18 @@ def check_invariants(state: State) -> None:
                 length = state.tables.length(sequence.sequence_id)
                 if not (length <= len(pages) * pool.page_size):
                     _fail(pool.name, f"sequence {sequence.sequence_id}: {length} tokens do not fit {len(pages)} pages")
+                unpublished = pages[sequence.published :]
+                if found := [page for page in unpublished if pool.prefix.node_of[page] is not None]:
+                    _fail(pool.name, f"sequence {sequence.sequence_id}: page {found[0]} is in the index, and not held there by an owner")
+                own.update(pages[max(sequence.published, sequence.shared) :])
                 if state.tables.pool_of(sequence.sequence_id) != pool.index:
                     _fail(pool.name, f"sequence {sequence.sequence_id}: table row names another pool")
+        if written_by_two := [page for page, count in own.items() if count > 1]:
+            _fail(pool.name, f"page {written_by_two[0]}: several sequences may write into it")
         for handoff in state.handoffs.values():
             if handoff.source == pool.index:
+                if found := [page for page in handoff.source_pages[handoff.source_indexed :] if pool.prefix.node_of[page] is not None]:
+                    _fail(pool.name, f"handoff {handoff.handoff_id}: page {found[0]} is in the index, and not held there by an owner")
                 owners.update(handoff.source_pages)
                 if handoff.source_node is not None:
                     node_refs.update(id(node) for node in handoff.source_node.path())
@@ -86,6 +95,12 @@ def check_invariants(state: State) -> None:
         if not mapped == pool.prefix.pages_indexed == len(indexed):
             _fail(pool.name, f"page map holds {mapped} pages and counts {pool.prefix.pages_indexed}, the tree {len(indexed)}")
         check_queue(state, pool)
+    families: dict[int, dict[int, None]] = {}
+    for sequence_id in sorted(state.sequences):
+        if family := state.sequences[sequence_id].family:
+            families.setdefault(family, {})[sequence_id] = None
+    if families != state.families:
+        raise InvariantBroken(f"families: {state.families}, sequences say {families}")
 
 
 def check_queue(state: State, pool: Pool) -> None:

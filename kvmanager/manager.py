@@ -60,6 +60,7 @@ class StepReply:
     opened    one for each of step.opens, None where refused
     handoffs  handoff id for each of step.hand_off, 0 where refused
     queued    id for each of step.enqueue, 0 where refused
+    forked    ids of the children for each of step.fork, none where refused
     refused   items that were not done
     notices   news of this client's sequences since its last reply (see Notice)
     """
@@ -70,6 +71,7 @@ class StepReply:
     queued: list[int] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
+    forked: list[list[int]] = field(default_factory=list)
 
     def error(self, kind: str, index: int) -> KVError | None:
         """Why item `index` of the step's list `kind` was refused; None if it was done."""
@@ -84,6 +86,7 @@ def _step_reply(reply: dict[str, Any]) -> StepReply:
         reply.get("queued", []),
         [Refused(kind, index, error_from_wire(*error)) for kind, index, *error in reply.get("refused", [])],
         [Notice(*item) for item in reply.get("notices", [])],
+        reply.get("forked", []),
     )
 
 
@@ -121,12 +124,16 @@ class Surface:
         abort: Any = (),
         dequeue: Any = (),
         enqueue: Sequence[Enqueue] = (),
+        truncate: Any = (),
+        fork: Any = (),
     ) -> StepReply:
         """One scheduler step for the whole batch; see `commands.Step` for each argument and their order.
 
         Raises InvalidValue if any value is malformed; nothing has changed then. Items that cannot be done are in `.refused`.
         """
-        command = Step(tuple(opens), grow, grow_counts, close, tuple(tokens), tuple(hand_off), abort, dequeue, tuple(enqueue))
+        command = Step(
+            tuple(opens), grow, grow_counts, close, tuple(tokens), tuple(hand_off), abort, dequeue, tuple(enqueue), truncate, fork
+        )
         reply = _step_reply(self._execute(command))
         if self.notices:
             reply.notices[:0], self.notices = self.notices, []
@@ -181,6 +188,14 @@ class Surface:
         """A prompt waits no longer, and was not opened; gives the version. Raises Unknown."""
         return self._one("dequeue", Step(dequeue=[waiting]))["version"]
 
+    def truncate(self, sequence: int, length: int) -> int:
+        """Make a sequence its first `length` tokens again; gives the version. Raises Unknown, InvalidValue, WrongState, OutOfPages."""
+        return self._one("truncate", Step(truncate=((sequence, length),)))["version"]
+
+    def fork(self, sequence: int, count: int = 1) -> list[int]:
+        """Begin `count` sequences as copies of this one; gives their ids. Raises Unknown, WrongState, TooMany, OutOfPages."""
+        return self._one("fork", Step(fork=((sequence, count),)))["forked"][0]
+
     def hand_off(self, sequence: int, pool: str) -> int:
         """Move a sequence to another pool; gives the handoff id. The outcome comes as a notice: resident or aborted."""
         return self._one("hand_off", Step(hand_off=((sequence, pool),)))["handoffs"][0]
@@ -201,12 +216,12 @@ class Surface:
         """The life of the manager in which the worker joined through this object, 0 if it did not: for `worker_gone` by somebody else."""
         return self._epochs.get(worker, 0)
 
-    def ack(self, worker: int, version: int, *, ids: Any = (), tokens: Any = (), pulled: Any = (), epoch: int = 0) -> int:
+    def ack(self, worker: int, version: int, *, ids: Any = (), tokens: Any = (), pulled: Any = (), epoch: int = 0, as_of: int = 0) -> int:
         """A worker reports what it finished; see `commands.Ack`. `epoch` is 0 for that in which it joined through this object.
 
         Raises Fenced if its lease ended, StaleEpoch if the manager does not continue what the worker has followed: drain, join again.
         """
-        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker)))["version"]
+        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker), as_of))["version"]
 
     def worker_gone(self, worker: int, *, epoch: int = 0) -> list[int]:
         """The worker's process is known dead, or it drained; gives the sequences that are lost with it.
@@ -358,6 +373,7 @@ class KVManager(Surface):
         if (
             any(not worker.fenced and now > worker.deadline_ms for worker in state.workers.values())
             or any(pool.quarantine and pool.oldest_quarantined() <= state.acked(pool.index) for pool in state.pools)
+            or any(each.state is HandoffState.SEALED for each in state.handoffs.values())
             or any(each.state is HandoffState.ABORTED and each.version <= state.acked(each.target) for each in state.handoffs.values())
         ):
             self._number += 1

@@ -217,6 +217,35 @@ class PrefixIndex:
                 each.last_used = version
                 self.loosen(each)
 
+    def shorten(self, node: Node, page_count: int, version: int) -> Node:
+        """A holder that ends at `node` lets go of the last `page_count` pages of its path; gives the node where it ends now."""
+        while page_count >= node.count and node.parent is not None:
+            page_count -= node.count
+            self._drop(node, version)
+            node = node.parent
+        if page_count:
+            upper = self.split(node, node.count - page_count)
+            self._drop(node, version)  # the lower half
+            node = upper
+        return node
+
+    def _drop(self, node: Node, version: int) -> None:
+        node.refs -= 1
+        if node.refs < 0:
+            raise InvariantBroken(f"prefix index: node of page {node.pages[0]} released more often than held")
+        if node.refs == 0:
+            node.last_used = version
+            self.loosen(node)
+
+    def touch(self, node: Node, version: int) -> None:
+        """As if held and released in this version: nobody evicts it before every worker has acknowledged that."""
+        for each in node.path():
+            if each.refs or each.last_used == version:
+                break  # held, and so is everything above; or released just now, behind everything below
+            each.last_used = version
+            if each.waiters is None:
+                self.order.touch(each)
+
     def split(self, node: Node, page_count: int) -> Node:
         """The node that ends after `page_count` pages of `node`: itself, or a new parent that takes those pages over.
 

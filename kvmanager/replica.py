@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmanager import events as ev
-from kvmanager.errors import InvalidValue, ReplicaGap, StaleEpoch, StaleStep, Unknown
+from kvmanager.errors import InvalidValue, ReplicaGap, StaleEpoch, StaleStep, Unknown, WrongState
 from kvmanager.handoff import HandoffState
 from kvmanager.sequences import Tables
 from kvmanager.tables import BatchTables
 
-__all__ = ["AckContent", "Peer", "Pull", "Replica"]
+__all__ = ["AckContent", "Copies", "Peer", "Pull", "Replica"]
 
 NO_PAGES = np.zeros(0, np.int32)
 
@@ -46,14 +46,25 @@ class Pull(NamedTuple):
     shared_pages: int
 
 
+class Copies(NamedTuple):
+    """Pages to copy in this worker's memory before it writes anything of step `version`: of all layers of source_pages[i] the first
+    tokens[i] slots to target_pages[i]. No page is a source and a target, and all targets are distinct: any order will do. All int32."""
+
+    version: int
+    source_pages: np.ndarray
+    target_pages: np.ndarray
+    tokens: np.ndarray
+
+
 class AckContent(NamedTuple):
-    """What to send with `ack`."""
+    """What to send with `ack`: all of it, `as_of` included."""
 
     version: int
     ids: list[int]
     tokens: list[int]
     pulled: list[int]
     epoch: int
+    as_of: int = 0
 
 
 @dataclass(slots=True)
@@ -96,6 +107,8 @@ class Replica:
         self._handing: dict[int, None] = {}  # own sequences on their way out: report them to the token
         self._broken: dict[int, None] = {}  # a step of theirs was left out: there is a hole in their pages
         self._step_ids: list[int] = []
+        self._copies: Copies | None = None  # to be carried out before anything else
+        self._after_copies: dict[int, int] = {}  # sequence -> tokens that are written once they have been
         self._owed = False  # an acknowledgement would let something go on
 
     @property
@@ -161,7 +174,7 @@ class Replica:
 
     def advance(self) -> None:
         """Apply what was fed, up to and including the next step that this pool has to run."""
-        while self._queue and not self.step:
+        while self._queue and not self.step and self._copies is None:
             batch = self._queue.popleft()
             writing: list[int] = []
             for event in batch.events:
@@ -169,6 +182,8 @@ class Replica:
             self.version = batch.version
             if writing and self.pool >= 0:
                 self.step, self._step_ids = batch.version, writing
+            if self._copies is None and self._after_copies:
+                self._settle_copied()
 
     def _check_life(self) -> None:
         if self.stranded:
@@ -180,8 +195,10 @@ class Replica:
     # --- running steps -------------------------------------------------------------------------------------------------------
 
     def ready(self, version: int) -> bool:
-        """Whether step `version` can run now. False: not here yet. Raises StaleStep for one acknowledged already, StaleEpoch."""
+        """Whether step `version` can run now. False: not here yet. Raises StaleStep for one acknowledged already, WrongState if its
+        copies have not been carried out, StaleEpoch."""
         self._check_life()
+        self._require_copied(version)
         if version <= self.acked or (version <= self.version and version != self.step):  # the latter: a snapshot went past it
             raise StaleStep(version, max(self.acked, self.step - 1 if self.step else self.version))
         return self.step == version
@@ -201,6 +218,7 @@ class Replica:
         pages have a hole. An empty list skips the step."""
         if version != self.step:
             raise StaleStep(version, self.acked)
+        self._require_copied(version)
         ran = dict.fromkeys(sequences)
         for sequence in self._step_ids:
             if sequence not in ran:
@@ -209,6 +227,30 @@ class Replica:
                 self._written[sequence] = self.tables.length(sequence)
         self.step, self._step_ids, self._owed = 0, [], True
         self.advance()
+
+    # --- copying -------------------------------------------------------------------------------------------------------------
+
+    def copies(self) -> Copies | None:
+        """Pages to copy now, before any step is run; None if there are none. Nothing newer is applied until `copied`. Ask again then."""
+        return self._copies
+
+    def copied(self, version: int) -> None:
+        """The copies of `version` have been carried out. Say so before the next acknowledgement only if no device is still at it."""
+        if self._copies is None or version != self._copies.version:
+            raise StaleStep(version, self.acked)
+        self._copies, self._owed = None, True
+        self._settle_copied()
+        self.advance()
+
+    def _require_copied(self, version: int) -> None:
+        if self._copies is not None and self._copies.version == version:
+            raise WrongState("step", version, "its copies carried out first", f"{len(self._copies.tokens)} copies to do")
+
+    def _settle_copied(self) -> None:
+        for sequence, tokens in self._after_copies.items():
+            if sequence not in self._broken:
+                self._written[sequence] = tokens
+        self._after_copies = {}
 
     # --- pulling -------------------------------------------------------------------------------------------------------------
 
@@ -240,7 +282,7 @@ class Replica:
         step, a pull, or an event that freed pages of this pool.
         """
         self._check_life()
-        version = self.step - 1 if self.step else self.version
+        version = self.version - 1 if self.step or self._copies is not None else self.version
         # A pull in progress writes into this pool and reads another: nothing newer than its beginning is finished.
         begun = [*(pull.version for pull in self._pulls.values()), *self._copying.values()]
         version = min(version, *(each - 1 for each in begun)) if begun else version
@@ -252,7 +294,8 @@ class Replica:
         for sequence in ids:
             self._reported[sequence] = self._written[sequence]
         pulled, self._pulled = self._pulled, []
-        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch)
+        as_of = max(self.acked, self.version) if ids else 0
+        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch, as_of)
 
     def renewal(self) -> AckContent:
         """An acknowledgement for the lease's sake, whether or not it helps anybody else."""
@@ -292,7 +335,11 @@ class Replica:
 
     def _on_open(self, event: ev.SequenceOpened) -> list[int]:
         self.tables.open(event.sequence, event.pool, event.length, np.concatenate([event.cached, event.fresh]))
-        return [event.sequence] if len(event.fresh) and event.pool == self.pool else []
+        if event.pool != self.pool:
+            return []
+        if len(event.cached):  # whatever is in the index has been written
+            self._written[event.sequence] = self._reported[event.sequence] = len(event.cached) * self.page_size
+        return [event.sequence] if len(event.fresh) else []
 
     def _on_grow(self, event: ev.SequencesGrown) -> list[int]:
         self.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
@@ -306,13 +353,45 @@ class Replica:
         self.tables.grow_again(event.at, event.pages)
         return self._own(self.tables.last_ids)
 
+    def _on_truncated(self, event: ev.SequencesTruncated) -> None:
+        self.tables.truncate(event.ids, event.lengths, event.page_counts, event.targets)
+        own = dict.fromkeys(self._own(event.ids))
+        self._owed |= bool(own)
+        for sequence, length, target in zip(event.ids.tolist(), event.lengths.tolist(), event.targets.tolist(), strict=True):
+            if sequence not in own:
+                continue
+            written = self._written.get(sequence, 0)
+            stays = length
+            if target >= 0:
+                stays = length // self.page_size * self.page_size
+                self._after_copies[sequence] = min(written, length)
+            if written > stays:
+                self._written[sequence] = stays
+            if self._reported.get(sequence, 0) > stays:
+                self._reported[sequence] = stays
+
+    def _on_forked(self, event: ev.SequenceForked) -> None:
+        pool = self.tables.pool_of(event.parent)
+        shared = self.tables.pages_of(event.parent)[: event.length // self.pools[pool].page_size]
+        for place, child in enumerate(event.children.tolist()):
+            self.tables.open(child, pool, event.length, np.concatenate([shared, event.fresh[place : place + 1]]))
+            if event.parent in self._broken:
+                self._broken[child] = None
+            elif pool == self.pool:
+                # A child whose last page is a copy has been written that far once the copy is there; the truncated parent likewise.
+                self._after_copies[child] = min(self._after_copies.get(event.parent, self._written.get(event.parent, 0)), event.length)
+
+    def _on_copied(self, event: ev.PagesCopied) -> None:
+        if event.pool == self.pool:
+            self._copies = Copies(self.version + 1, event.sources, event.targets, event.tokens)
+
     def _on_publish(self, event: ev.PagesPublished) -> None:
         # The swapped copies, if any, are free once acknowledged.
         self._owed |= self.tables.pool_of(event.sequence) == self.pool
         self.tables.swap(event.sequence, event.first, event.pages)
 
     def _forget(self, sequence: int) -> None:
-        for table in (self._written, self._reported, self._handing, self._broken):
+        for table in (self._written, self._reported, self._handing, self._broken, self._after_copies):
             table.pop(sequence, None)
 
     def _on_close(self, event: ev.SequenceClosed) -> None:
@@ -332,6 +411,7 @@ class Replica:
         self._handoffs[event.handoff] = _Moving(event.sequence, source, event.target, empty, empty)
         if source == self.pool:
             self._handing[event.sequence] = None
+            self._reported.pop(event.sequence, None)  # what was said about another version may not have counted: say it all again
 
     def _start_pull(self, handoff: int, version: int, source_pages: np.ndarray) -> None:
         move = self._handoffs[handoff]
@@ -401,6 +481,9 @@ _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
     ev.SequencesGrown: Replica._on_grow,
     ev.GrownAgain: Replica._on_grow_again,
     ev.GrownFurther: Replica._on_grow_further,
+    ev.SequencesTruncated: Replica._on_truncated,
+    ev.SequenceForked: Replica._on_forked,
+    ev.PagesCopied: Replica._on_copied,
     ev.PagesPublished: Replica._on_publish,
     ev.SequenceClosed: Replica._on_close,
     ev.HandoffBegun: Replica._on_begun,

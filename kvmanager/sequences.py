@@ -37,6 +37,11 @@ class Sequence:
     handoff     the active handoff, 0 if none; sealed sequences do not grow
     holds       handoffs that still hold the source pages: their ids must not be swapped
     priority    of its pages, once they are cached (see eviction)
+    shared      leading pages that a fork may own as well (see forks); at least those that it does
+    family      the sequences forked from each other that this one belongs to, 0 if none
+    reserved    leading pages that stay in the table however short the sequence is cut
+    cuts        (version, tokens that stayed) of truncations that some worker may not have seen yet, oldest first (see truncation)
+    cut_floor   what a worker says about older versions counts for nothing
     """
 
     sequence_id: int
@@ -51,6 +56,11 @@ class Sequence:
     sealed: bool = False
     holds: int = 0
     priority: int = 0
+    shared: int = 0
+    family: int = 0
+    reserved: int = 0
+    cuts: list[tuple[int, int]] = field(default_factory=list)
+    cut_floor: int = 0
 
 
 class Tables:
@@ -185,6 +195,17 @@ class Tables:
         self._reserve(0, int(have.max()) + 1)
         self.pages[rows, have] = pages
         self.page_counts[rows] = have + 1  # of a row that stands there several times, the last counts
+
+    def truncate(self, sequence_ids: np.ndarray, lengths: np.ndarray, page_counts: np.ndarray, targets: np.ndarray) -> None:
+        """New lengths; tables keep their first `page_counts[i]` pages, the last of which becomes targets[i] unless that is -1."""
+        rows = self.rows(sequence_ids)
+        for index in np.flatnonzero(page_counts < self.page_counts[rows]):
+            row = rows[index]
+            self.pages[row, page_counts[index] : self.page_counts[row]] = -1
+        self.lengths[rows] = lengths
+        self.page_counts[rows] = page_counts
+        for index in np.flatnonzero(targets >= 0):
+            self.pages[rows[index], page_counts[index] - 1] = targets[index]
 
     def swap(self, sequence_id: int, first: int, pages: np.ndarray) -> None:
         """Replace table entries [first, first + len(pages)): published pages may be another sequence's equal ones."""

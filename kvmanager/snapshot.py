@@ -81,6 +81,18 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
                 sequence.priority,
             )
         )
+        if sequence.family or sequence.shared or sequence.reserved or sequence.cut_floor or sequence.cuts:
+            events.append(
+                ev.SequenceMarksRestored(
+                    sequence_id,
+                    sequence.family,
+                    sequence.shared,
+                    sequence.reserved,
+                    sequence.cut_floor,
+                    np.array([version for version, _ in sequence.cuts], np.int64),
+                    np.array([length for _, length in sequence.cuts], np.int64),
+                )
+            )
     for pool in state.pools:
         flights = sorted(pool.inflight.flights.items())
         since = np.array([flight.since_ms for _, flight in flights], np.int64)

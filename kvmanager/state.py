@@ -81,6 +81,7 @@ class State:
         self.groups: dict[str, list[Pool]] = {}
         self.tables = Tables()
         self.sequences: dict[int, Sequence] = {}
+        self.families: dict[int, dict[int, None]] = {}  # sequences forked from each other
         self.workers: dict[int, Worker] = {}
         self.pool_workers: list[list[int]] = []
         self.handoffs: dict[int, Handoff] = {}

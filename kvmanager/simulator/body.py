@@ -13,7 +13,7 @@ from kvmanager import wire
 from kvmanager.commands import Ack, Join, command_to_wire
 from kvmanager.errors import Fenced, KVError, ReplicaGap, StaleStep
 from kvmanager.replica import AckContent, Pull, Replica
-from kvmanager.simulator.books import Broken, Work, Worker, demand
+from kvmanager.simulator.books import Broken, Chore, Work, Worker, demand
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.world import Network, World
@@ -62,6 +62,7 @@ class Body:
         self.caller.die()
         if self.joined is not None:
             self.joined.works.clear()
+            self.joined.chores.clear()
             self.joined.pulls.clear()
 
     def stop(self) -> None:
@@ -136,6 +137,8 @@ class Body:
             if work.version <= self.replica.version:  # steps that it went past and will never run
                 self._holes[work.sequence] = None
                 self._works().remove(work)
+        for chore in self._chores_up_to(self.replica.version):  # copies that it will never make
+            self._holes[chore.sequences[0]] = None
         if not self.loaded:
             self.loaded = True
             self._ask_join()
@@ -182,6 +185,7 @@ class Body:
         digest = self.digest_at(self.replica.epoch, self.replica.version)
         if digest is not None and digest != self.replica.tables.digest():
             raise Broken(f"{self.name}: tables at version {self.replica.version} differ from the manager's")
+        self._see_to_copies()
         if self.joined is None or self._busy():
             return
         if self.replica.step and self._waiting_for != self.replica.step:
@@ -193,6 +197,35 @@ class Body:
             content = self.replica.ack()
             if content is not None:
                 self._send_ack(content)
+
+    # --- copies within the pool ---
+
+    def _chores_up_to(self, version: int) -> list[Chore]:
+        """Take these chores off the books."""
+        if self.joined is None:
+            return []
+        done = [chore for chore in self.joined.chores if chore.version <= version]
+        self.joined.chores = self.joined.chores[len(done) :]
+        return done
+
+    def _see_to_copies(self) -> None:
+        """What the replica wants copied before it goes on, and what it has gone past."""
+        while (copies := self.replica.copies()) is not None:
+            self._go_past(self._chores_up_to(copies.version - 1))
+            here = self._chores_up_to(copies.version)
+            self._go_past(here)
+            asked = sorted(zip(*(column.tolist() for column in copies[1:]), strict=True))
+            known = sorted((chore.source, chore.target, len(chore.stamps)) for chore in here if chore.stamps)
+            demand(self.joined is None or asked == known, f"{self.name}: step {copies.version} copies {asked}, the books have {known}")
+            self.replica.copied(copies.version)
+        self._go_past(self._chores_up_to(self.replica.version))
+
+    def _go_past(self, chores: list[Chore]) -> None:
+        for chore in chores:
+            hole = chore.sequences[-1] in self._holes
+            if hole:
+                self._holes[chore.sequences[0]] = None
+            self.model.copy(self.name, self.memory, chore, hole=hole)
 
     # --- steps ---
 
@@ -302,7 +335,7 @@ class Body:
     def _send_ack(self, content: AckContent) -> None:
         assert self.joined is not None
         self._acking, self._acked_at = True, self.world.now_us
-        command = Ack(self.joined.worker, content.version, content.ids, content.tokens, content.pulled)
+        command = Ack(self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of)
         self.caller.ask(command_to_wire(command), lambda reply: self.receive(self._ack_answered, reply))
 
     def _ack_answered(self, reply: dict[str, Any] | KVError) -> None:

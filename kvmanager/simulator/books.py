@@ -9,7 +9,7 @@ import numpy as np
 
 from kvmanager.commands import Command, Open
 
-__all__ = ["PAGE", "Broken", "Move", "Pull", "Stamps", "Text", "Turn", "Work", "Worker", "demand"]
+__all__ = ["PAGE", "Broken", "Chore", "Move", "Pull", "Stamps", "Text", "Turn", "Work", "Worker", "demand"]
 
 PAGE = 16
 
@@ -52,6 +52,8 @@ class Text:
     length: int = 0
     pages: list[int] = field(default_factory=list)
     handoff: int = 0
+    mood: int = 0  # what it goes on with: another word after each truncation, and in each fork
+    reserved: int = 0  # pages that stay however short it is cut
 
 
 @dataclass
@@ -64,6 +66,23 @@ class Work:
     length: int
     pages: list[int]
     stamps: list[int]
+
+
+@dataclass
+class Chore:
+    """What a worker does for `sequences` before it writes anything of `version`: after it the first of them is written up to `written`,
+    or as far as the last of them was, if that is less. `target` gets `stamps` from the first slots of `source`, unless there are none."""
+
+    version: int
+    sequences: tuple[int, ...]
+    written: int
+    source: int = -1
+    target: int = -1
+    stamps: list[int] = field(default_factory=list)
+
+    @property
+    def pages(self) -> list[int]:
+        return [self.source, self.target] if self.stamps else []
 
 
 @dataclass
@@ -85,14 +104,15 @@ class Worker:
     acked: int
     fenced: bool = False
     works: list[Work] = field(default_factory=list)
+    chores: list[Chore] = field(default_factory=list)
     pulls: dict[int, Pull] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)  # sequence -> tokens written
 
     def may_ack(self, newest: int) -> int:
         """The newest version that this worker can truthfully acknowledge."""
         bound = newest
-        for work in self.works:
-            bound = min(bound, work.version - 1)
+        for version in [work.version for work in self.works] + [chore.version for chore in self.chores]:
+            bound = min(bound, version - 1)
         for pull in self.pulls.values():
             if pull.aborted_at and pull.todo:  # it has not stopped yet, so it has not seen the abort
                 bound = min(bound, pull.aborted_at - 1)
@@ -120,6 +140,8 @@ class Turn:
     visible  for each pool the index as the decision saw it: pages published by this batch come after it
     known    sequence id -> tokens known before this batch made more of them known
     starts   sequence id -> first slot that the workers are to write in this step; a handler that gives them something to write sets it
+    chores   (pool, what its workers are to do before that)
+    copies   (pool, target page) -> (source page, tokens)
     """
 
     command: Command
@@ -129,3 +151,5 @@ class Turn:
     visible: list[dict[int, tuple[int, int]]] = field(default_factory=list)
     starts: dict[int, int] = field(default_factory=dict)
     known: dict[int, int] = field(default_factory=dict)
+    chores: list[tuple[int, Chore]] = field(default_factory=list)
+    copies: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)

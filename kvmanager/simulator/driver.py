@@ -155,7 +155,7 @@ class Driver:
         rng = self.rng
         for worker in list(self.model.workers.values()):
             for _ in range(rng.randint(0, most)):
-                if worker.works:
+                if worker.works or worker.chores:
                     self.model.execute(worker, rng)
             for pull in list(worker.pulls.values()):
                 if pull.aborted_at and rng.random() < 0.4:
@@ -173,8 +173,10 @@ class Driver:
         pulled = [pull.handoff for pull in worker.pulls.values() if not pull.todo and (eager or rng.random() < 0.7)]
         if not eager and rng.random() < 0.1:
             pulled += [rng.randint(1, 50) + 10_000, *(each for each in self.model.moves if each not in worker.pulls)]
+        as_of = newest if eager else rng.choice((0, newest, rng.randint(version, newest)))
         reply = self.send(
-            Ack(worker.worker, version, [each for each, _ in told], [tokens for _, tokens in told], pulled), 100 + worker.worker
+            Ack(worker.worker, version, [each for each, _ in told], [tokens for _, tokens in told], pulled, as_of=as_of),
+            100 + worker.worker,
         )
         demand(reply is None if worker.fenced else reply is not None, f"acknowledgement of {worker}: {reply}")
         for each in list(worker.done):
@@ -245,7 +247,7 @@ class Driver:
 
     def settle(self) -> None:
         for worker in list(self.model.workers.values()):
-            while worker.works:
+            while worker.works or worker.chores:
                 self.model.execute(worker, self.rng)
             for pull in worker.pulls.values():
                 while pull.todo and not pull.aborted_at:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
 from kvmanager import events as ev
 from kvmanager.config import ManagerConfig
-from kvmanager.simulator.books import PAGE, Broken, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
+from kvmanager.simulator.books import PAGE, Broken, Chore, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
 from kvmanager.simulator.registry import FOLLOWERS
 from kvmanager.state import State
 
@@ -95,8 +96,10 @@ class Model:
         freed = self.dropped[pool].get(page, 0)
         for worker in self.crew(pool, fenced=True):
             demand(worker.acked >= freed, f"{what}: page {page} freed in {freed}, {worker.name} acknowledged {worker.acked}")
-            for work in worker.works:
-                demand(page not in work.pages, f"{what}: {worker.name} still has step {work.version} in flight on page {page}")
+            for version, pages in [(work.version, work.pages) for work in worker.works] + [
+                (each.version, each.pages) for each in worker.chores
+            ]:
+                demand(page not in pages, f"{what}: {worker.name} still has step {version} in flight on page {page}")
             for pull in worker.pulls.values():
                 demand(page not in [item[1] for item in pull.todo], f"{what}: {worker.name} still pulls into page {page}")
         for worker in self.workers.values():
@@ -117,7 +120,7 @@ class Model:
     def write_on(self, text: Text, length: int) -> None:
         """The author goes on: tokens that the manager learns of later, or never. Few letters, so that authors write the same."""
         while len(text.tokens) < length:
-            text.tokens.append(text.stamps[-1] * 7 // 3 % 2 + 1)
+            text.tokens.append((text.stamps[-1] * 7 // 3 + text.mood) % 2 + 1)
             text.stamps.append(self.stamps.after(text.stamps[-1], text.tokens[-1]))
 
     # --- the event stream ---
@@ -131,6 +134,13 @@ class Model:
             follower = FOLLOWERS.get(type(event))
             if follower is not None:
                 follower(self, event, turn)
+        for pool, chore in turn.chores:
+            if chore.stamps:
+                chore.source, count = turn.copies.pop((pool, chore.target), (-1, 0))
+                demand(count == len(chore.stamps), f"page {chore.target} of pool {pool}: {count} copied slots, not {len(chore.stamps)}")
+            for worker in self.crew(pool):
+                worker.chores.append(replace(chore))
+        demand(not turn.copies, f"copied for nobody: {turn.copies}")
         for sequence, start in turn.starts.items():
             text = self.texts[sequence]
             for worker in self.crew(text.pool):
@@ -161,10 +171,20 @@ class Model:
 
     def execute(self, worker: Worker, rng: random.Random) -> None:
         """One step's share of one sequence: whichever may go, in no order but the sequence's own."""
-        first: dict[int, Work] = {}
-        for work in worker.works:
-            first.setdefault(work.sequence, work)
-        work = rng.choice(list(first.values()))
+        may_go: list[Work | Chore] = []
+        waited_for: dict[int, None] = {}
+        in_order: list[Work | Chore] = [*worker.chores, *worker.works]
+        for each in sorted(in_order, key=lambda each: each.version):  # of one version, chores first
+            involved = each.sequences if isinstance(each, Chore) else (each.sequence,)
+            if not any(sequence in waited_for for sequence in involved):
+                may_go.append(each)
+            waited_for.update(dict.fromkeys(involved))
+        work = rng.choice(may_go)
+        if isinstance(work, Chore):
+            worker.chores.remove(work)
+            self.copy(worker.name, worker.memory, work)
+            worker.done[work.sequences[0]] = min(work.written, worker.done.get(work.sequences[-1], 0))
+            return
         worker.works.remove(work)
         self.run(worker.name, worker.memory, work)
         worker.done[work.sequence] = work.length
@@ -182,6 +202,18 @@ class Model:
                 f"page {work.pages[slot // PAGE]}, not its own {stamps[slot]}"
             )
         memory[pages[work.start :], offsets[work.start :]] = stamps[work.start :]
+
+    def copy(self, name: str, memory: np.ndarray, chore: Chore, hole: bool = False) -> None:
+        """Copy slots of one page to another, if that belongs to the chore, and compare them first."""
+        count = len(chore.stamps)
+        if count:
+            got = memory[chore.source, :count].tolist()
+            if not hole and got != chore.stamps:
+                raise Broken(
+                    f"step {chore.version} of sequence {chore.sequences[0]} on {name} read {got[:4]} to copy from page "
+                    f"{chore.source}, not its own {chore.stamps[:4]}"
+                )
+            memory[chore.target, :count] = memory[chore.source, :count]
 
     def pull(self, worker: Worker, pull: Pull, rng: random.Random) -> None:
         source, target, stamps = pull.todo.pop(rng.randrange(len(pull.todo)))

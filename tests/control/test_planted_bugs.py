@@ -15,6 +15,7 @@ from kvmanager import admission as admission_module
 from kvmanager import apply as apply_module
 from kvmanager import decide as decide_module
 from kvmanager import events as ev
+from kvmanager import forks, truncation
 from kvmanager import simulator as simulation
 from kvmanager.draft import Draft, PoolDraft
 from kvmanager.handoff import HandoffState
@@ -243,6 +244,67 @@ def snapshot_forgets_pulled(patch: pytest.MonkeyPatch) -> None:
         ev.HandoffRestored,
         lambda state, event, restoring: honest(state, event._replace(pulled=event.pulled[:0]), restoring),
     )
+
+
+@plant
+def late_ack_counts_for_what_was_written_over(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(decide_module, "believed", lambda sequence, tokens, as_of: tokens)
+
+
+@plant
+def ack_from_before_the_truncation_counts(patch: pytest.MonkeyPatch) -> None:
+    honest = truncation._remember
+
+    def remember(state: State, sequence: Any, stayed: int, acked: int) -> None:
+        before = dict(sequence.written)
+        honest(state, sequence, stayed, acked)
+        sequence.written = before
+
+    patch.setattr(truncation, "_remember", remember)
+
+
+@plant
+def truncated_page_of_the_index_written_in_place(patch: pytest.MonkeyPatch) -> None:
+    def decided(draft: Draft) -> None:
+        draft.cut = {each: cut._replace(source=-1) for each, cut in draft.cut.items()}
+        draft.cut_pages = {}
+        truncation.decide_truncated(draft)
+
+    patch.setattr(decide_module, "decide_truncated", decided)
+
+
+@plant
+def fork_shares_the_last_page_instead_of_copying(patch: pytest.MonkeyPatch) -> None:
+    def forked(state: State, event: ev.SequenceForked) -> None:
+        forks.apply_forked(state, event)
+        for child in event.children.tolist():
+            table, parent = state.tables.pages_of(child), state.tables.pages_of(event.parent)
+            if len(event.fresh):
+                state.tables.swap(child, len(table) - 1, parent[len(table) - 1 : len(table)])
+
+    patch.setitem(apply_module._APPLY, ev.SequenceForked, forked)
+
+
+@plant
+def kin_not_published(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(decide_module, "publish_kin", lambda *args: None)
+
+
+@plant
+def copy_left_out(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(decide_module, "decide_copies", lambda draft: None)
+
+
+@plant
+def copied_slots_count_before_the_copy(patch: pytest.MonkeyPatch) -> None:
+    honest = forks.apply_forked
+
+    def forked(state: State, event: ev.SequenceForked) -> None:
+        honest(state, event)
+        for child in event.children.tolist():
+            state.sequences[child].written = dict.fromkeys(state.sequences[child].written, event.length)
+
+    patch.setitem(apply_module._APPLY, ev.SequenceForked, forked)
 
 
 @pytest.mark.parametrize("name", PLANTS)

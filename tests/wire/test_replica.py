@@ -60,7 +60,21 @@ class Rig:
 
     def send(self, pool: str, content: AckContent | None) -> None:
         if content is not None:
-            self.kv.ack(self.workers[pool], content.version, ids=content.ids, tokens=content.tokens, pulled=content.pulled)
+            self.kv.ack(
+                self.workers[pool],
+                content.version,
+                ids=content.ids,
+                tokens=content.tokens,
+                pulled=content.pulled,
+                epoch=content.epoch,
+                as_of=content.as_of,
+            )
+
+    def copy(self, pool: str) -> None:
+        """Make the copies that the pool's replica asks for."""
+        replica = self.replicas[pool]
+        while (copies := replica.copies()) is not None:
+            replica.copied(copies.version)
 
     def settle(self) -> int:
         """Everybody runs what is to be run and says what is to be said, until nobody has anything to say; versions that took."""
@@ -68,8 +82,10 @@ class Rig:
         for _ in range(100):
             quiet = True
             for name, replica in self.replicas.items():
-                while replica.step:
-                    self.run(name)
+                while replica.step or replica.copies():
+                    self.copy(name)
+                    if replica.step:
+                        self.run(name)
                 content = replica.ack()
                 quiet &= content is None
                 self.send(name, content)
@@ -98,7 +114,7 @@ def act(rig: Rig, rng: random.Random, held: list[int]) -> None:
     """One random command of a scheduler."""
     state = rig.kv.state
     held[:] = [each for each in held if each in state.sequences]
-    kind = rng.choice(["open", "open", "grow", "grow", "grow", "tokens", "close", "hand_off", "abort"])
+    kind = rng.choice(["open", "open", "grow", "grow", "grow", "tokens", "close", "hand_off", "abort", "fork", "truncate"])
     some = rng.sample(held, min(len(held), rng.randrange(1, 5)))
     if kind == "open":
         first = rng.choice([0, 0, 1000])  # prompts that share pages, computed at once or one after the other
@@ -115,6 +131,11 @@ def act(rig: Rig, rng: random.Random, held: list[int]) -> None:
     elif kind == "hand_off" and held:
         source = state.pools[state.sequences[some[0]].pool].name
         rig.kv.hand_off(some[0], "other" if source == "main" else "main")
+    elif kind == "fork" and held:
+        held += [child for children in rig.kv.step(fork=some[:1], grow=some).forked for child in children]
+    elif kind == "truncate" and held:
+        cut = [(each, max(1, state.tables.length(each) - rng.randrange(20))) for each in some]
+        rig.kv.step(truncate=cut, grow=some[:2])
     elif kind == "abort" and state.handoffs:
         rig.kv.abort(rng.choice(list(state.handoffs)))
 
@@ -138,7 +159,9 @@ def test_replica_equals_the_manager_after_every_batch(seed: int) -> None:
         with contextlib.suppress(KVError):  # refused: out of pages, in the middle of a handoff
             act(rig, rng, held)
         for name, replica in rig.replicas.items():
-            if replica.step and rng.random() < 0.6:
+            if rng.random() < 0.8:
+                rig.copy(name)
+            if replica.step and replica.copies() is None and rng.random() < 0.6:
                 rig.run(name, *(replica._step_ids[:1] if rng.random() < 0.1 else ()))
             for pull in replica.pulls():
                 if pull.handoff not in copying[name] and rng.random() < 0.5:

@@ -42,5 +42,7 @@ def evicted(model: Model, event: ev.PagesEvicted, turn: Turn) -> None:
 
 @follows(ev.IndexDropped)
 def dropped(model: Model, event: ev.IndexDropped, turn: Turn) -> None:
+    pages = [page for page, _ in model.index[event.pool].values()]
     model.index[event.pool].clear()
+    model.let_go(event.pool, pages)
     turn.visible[event.pool].clear()

@@ -14,8 +14,9 @@ from kvmanager.simulator.registry import draws, follows
 def append(driver: Any) -> dict[str, Any]:
     rng, tokens = driver.rng, []
     for text in driver.model.texts.values():
-        if text.known < len(text.tokens) and rng.random() < 0.4:
-            tokens.append((text.sequence, text.tokens[text.known : text.known + rng.choice((1, 4, 100))]))
+        end = driver.cutting.get(text.sequence, len(text.tokens))  # what a truncation of this step leaves
+        if text.known < end and rng.random() < 0.4:
+            tokens.append((text.sequence, text.tokens[text.known : min(end, text.known + rng.choice((1, 4, 100)))]))
     return {"tokens": tokens}
 
 
