@@ -37,6 +37,7 @@ def _fits_stdout(text: str) -> bool:
 @click.option("--pages", required=True, type=click.IntRange(1), metavar="N", help="Pages of each pool.")
 @click.option("--page-size", default=64, metavar="P", help="Token slots a page, 1..1024.")
 @click.option("--sequential", is_flag=True, help="One request at a time, prompts only: comparable with a cache simulator, to the page.")
+@click.option("--queue", default=0, type=click.IntRange(0, 1 << 16), metavar="K", help="Tell the manager the next K prompts in line.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N requests.")
 @click.option("--pools", default=1, type=click.IntRange(1, 1024), help="Data-parallel pools of one group.")
 @click.option("--placement", default="prefix", help="Who gets a request: prefix (longest match and load) or round_robin.")
@@ -56,6 +57,7 @@ def replay(
     pages: int,
     page_size: int,
     sequential: bool,
+    queue: int,
     limit: int | None,
     as_json: bool,
     plot_path: Path | None,
@@ -80,9 +82,9 @@ def replay(
     requests = read_trace(trace, limit)
     run: SequentialRun | ConcurrentRun
     if sequential:
-        run = SequentialRun(requests, pages=pages, page_size=page_size)
+        run = SequentialRun(requests, pages=pages, page_size=page_size, queue=queue)
     else:
-        run = ConcurrentRun(requests, pages=pages, page_size=page_size, load=Load(**load))
+        run = ConcurrentRun(requests, pages=pages, page_size=page_size, load=Load(**load), queue=queue)
     done, complete, start = 0, True, time.perf_counter()
     columns = (
         TextColumn("replaying"),
@@ -102,7 +104,13 @@ def replay(
                     updated = now
         except KeyboardInterrupt:  # what is known so far is worth printing; the manager is not asked any more
             complete = False
-    settings = {"sequential": sequential, "pages": pages, "page_size": page_size, **(asdict(Load()) | ({} if sequential else load))}
+    settings = {
+        "sequential": sequential,
+        "pages": pages,
+        "page_size": page_size,
+        "queue": queue,
+        **(asdict(Load()) | ({} if sequential else load)),
+    }
     report = make_report(
         trace.name,
         run.meter,

@@ -15,9 +15,10 @@ from kvmanager.config import ManagerConfig
 from kvmanager.events import EventBatch, PagesEvicted
 from kvmanager.manager import KVManager, StepReply
 
-__all__ = ["SAMPLES_MAX", "Counts", "Meter", "Series"]
+__all__ = ["SAMPLES_MAX", "WAITING_TOKENS_MAX", "Counts", "Meter", "Series"]
 
 SAMPLES_MAX = 1024
+WAITING_TOKENS_MAX = 1 << 31  # a trace's own lengths bound the queue
 
 
 @dataclass(slots=True)

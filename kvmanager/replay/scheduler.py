@@ -6,7 +6,8 @@ faster) and wait in line; the first in line is opened, in whichever pool the man
 prompt left to compute. One whose prefix is being computed already is passed over until that is there. When pages run out, the sequence
 admitted last in that pool is closed and its request goes back to the head of the line; nobody is admitted then until a sequence has ended.
 
-Workers acknowledge a step at its end, or `ack_late` steps later.
+Workers acknowledge a step at its end, or `ack_late` steps later. With a queue of n the manager is told of those n in line that come
+next after the ones just asked for.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from itertools import islice
 
 import numpy as np
 
-from kvmanager.commands import Open
+from kvmanager.commands import Enqueue, Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, InvariantBroken, OutOfPages, PrefixPending, SequenceTooLarge
 from kvmanager.manager import Opened
-from kvmanager.replay.meter import Meter
+from kvmanager.replay.meter import WAITING_TOKENS_MAX, Meter
 from kvmanager.replay.traces import TokensOf, TracedRequest
 
 __all__ = ["ConcurrentRun", "Load"]
@@ -64,6 +65,7 @@ class _Job:
     generated: int = 0
     again: int = 0  # tokens that were computed before a preemption
     opened_before: bool = False
+    waiting: int = 0  # its id in the manager's waiting queue; 0: it was not told
 
     @property
     def prompt_length(self) -> int:
@@ -114,7 +116,12 @@ class ConcurrentRun:
         self.now_ms = 0.0
         self.first_token_ms = array("d")
         names = [f"pool{number}" for number in range(load.pools)]
-        config = ManagerConfig(pools=tuple(PoolConfig(name, pages, page_size, GROUP) for name in names), placement=load.placement)
+        config = ManagerConfig(
+            pools=tuple(PoolConfig(name, pages, page_size, GROUP) for name in names),
+            placement=load.placement,
+            waiting_max=queue + load.batch * load.pools if queue else 0,
+            waiting_tokens_max=WAITING_TOKENS_MAX,
+        )
         if load.batch * load.pools > config.sequences_max:
             raise InvalidValue("--batch", f"at most {config.sequences_max} sequences in all pools", load.batch * load.pools)
         self.meter = Meter(config, clock=lambda: int(self.now_ms))
@@ -126,6 +133,7 @@ class ConcurrentRun:
         self._held = False  # pages ran out: nobody is admitted until a sequence ends
         self._closing: dict[str, list[int]] = {}
         self._telling: list[tuple[int, np.ndarray]] = []
+        self._leaving: list[int] = []  # ids in the manager's waiting queue of requests given up
 
     def run(self) -> Iterator[int]:
         idle = 0
@@ -160,16 +168,22 @@ class ConcurrentRun:
         for pool in self.pools.values():
             self._plan(pool, growing, counts)
         heads = list(islice(self._waiting, self._admissible()))
+        ahead, behind = self._untold(len(heads))
+        told = ahead[::-1] + behind
         reply = self.meter.step(
             close=[sequence for closing in self._closing.values() for sequence in closing],
             tokens=self._telling,
             grow=[running.sequence for _, running in growing],
             grow_counts=counts,
-            opens=[Open(job.prompt(), group=GROUP, chunk=self.load.chunk) for job in heads],
+            opens=[Open(job.prompt(), group=GROUP, chunk=self.load.chunk, waiting=job.waiting) for job in heads],
+            dequeue=self._leaving,
+            enqueue=[Enqueue(job.prompt(), group=GROUP, front=at < len(ahead)) for at, job in enumerate(told)],
         )
         for name in self._closing:
             self.pools[name].closed_at = reply.version
-        self._closing, self._telling = {}, []
+        self._closing, self._telling, self._leaving = {}, [], []
+        for job, waiting in zip(told, reply.queued, strict=True):
+            job.waiting = waiting
         refused = {(item.kind, item.index): item.error for item in reply.refused}
         short: dict[str, _Pool] = {}
         for at, (pool, running) in enumerate(growing):
@@ -193,6 +207,8 @@ class ConcurrentRun:
                 self._admit(job, opened)
             elif isinstance(error, (SequenceTooLarge, InvalidValue)):
                 self._waiting.remove(job)
+                if job.waiting:  # what is refused still waits
+                    self._leaving.append(job.waiting)
                 self.meter.counts.too_large += 1
                 self.done += 1
             elif isinstance(error, PrefixPending):
@@ -232,6 +248,12 @@ class ConcurrentRun:
         ready = sum(pool.backlog < self.load.chunk and len(pool.running) < self.load.batch for pool in self.pools.values())
         return ready and ready + min(self._passed_over, PASSED_OVER_MAX)
 
+    def _untold(self, skip: int) -> tuple[list[_Job], list[_Job]]:
+        """Those next in line, after the `skip` first, of whom the manager does not know: ahead of the last that it knows, and behind."""
+        jobs = list(islice(self._waiting, skip, max(skip, self.queue)))
+        known = max((at for at, job in enumerate(jobs) if job.waiting), default=0)
+        return [job for job in jobs[:known] if not job.waiting], [job for job in jobs[known:] if not job.waiting]
+
     def _admit(self, job: _Job, opened: Opened) -> None:
         cached, sequence = opened.cached_tokens, opened.sequence
         counts, request = self.meter.counts, job.request
@@ -243,6 +265,7 @@ class ConcurrentRun:
             counts.pages_hit += cached // self.page_size
             counts.tokens_prompt += request.input_length
             counts.tokens_hit += cached
+        job.waiting = 0
         pool = self.pools[opened.pool]
         take = min(pool.budget, opened.length - cached)  # it begins in this very step, if there is time left
         pool.budget -= take

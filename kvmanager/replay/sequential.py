@@ -7,16 +7,21 @@ first, of one request the deepest first.
 One adjustment: a manager never takes a prompt's last token from the cache, since somebody has to compute its logits. So each prompt is
 opened as its whole pages and one token more, and slots are reserved for the whole pages only: the extra token takes no page. A
 prompt of as many whole pages as the pool has is refused, because with that token it could not run.
+
+With a queue of n the manager is told the n prompts after the one being served, and spares their pages while anything else can go.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
-from kvmanager.commands import Open
+import numpy as np
+
+from kvmanager.commands import Enqueue, Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import SequenceTooLarge
-from kvmanager.replay.meter import Meter
+from kvmanager.replay.meter import WAITING_TOKENS_MAX, Meter
 from kvmanager.replay.traces import TokensOf, TracedRequest
 
 __all__ = ["SequentialRun"]
@@ -29,22 +34,30 @@ class SequentialRun:
         self.requests = requests
         self.page_size = page_size
         self.queue = queue
-        self.meter = Meter(ManagerConfig(pools=(PoolConfig("pool", pages, page_size),)), clock=lambda: 0)
+        pools = (PoolConfig("pool", pages, page_size),)
+        self.meter = Meter(ManagerConfig(pools, waiting_max=queue, waiting_tokens_max=WAITING_TOKENS_MAX), clock=lambda: 0)
 
     def run(self) -> Iterator[int]:
         meter, size = self.meter, self.page_size
         counts = meter.counts
         worker = meter.join("pool")
         running: list[int] = []  # the sequence before, closed in the step that opens the next
+        waiting: deque[int] = deque()  # ids of the prompts in the queue, nearest first; the very first was never in it
         for done, request in enumerate(self.requests, 1):
             whole = request.input_length // size
-            reply = meter.step(close=running, opens=[Open(TokensOf.prompt(request, whole * size + 1), "pool")])
+            waited = waiting.popleft() if waiting else 0
+            opening = Open(self._prompt(request), "pool", waiting=waited)
+            told = self.requests[done + len(waiting) : done + self.queue]
+            reply = meter.step(close=running, opens=[opening], enqueue=[Enqueue(self._prompt(each), "pool") for each in told])
+            waiting += reply.queued
             counts.requests += 1
             opened, running = reply.opened[0], []
             if opened is None:
                 error = reply.refused[0].error
                 if not isinstance(error, SequenceTooLarge):
                     raise error
+                if waited:  # what is refused still waits
+                    meter.step(dequeue=[waited])
                 counts.too_large += 1
                 yield done
                 continue
@@ -65,3 +78,6 @@ class SequentialRun:
             yield done
         if running:
             meter.step(close=running)
+
+    def _prompt(self, request: TracedRequest) -> np.ndarray:
+        return TokensOf.prompt(request, request.input_length // self.page_size * self.page_size + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,21 @@ def request(at_ms: int, ids: Sequence[int], input_length: int | None = None, out
         "output_length": output_length,
         "hash_ids": list(ids),
     }
+
+
+def conversations(seed: int, turns: int, people: int = 6) -> list[dict[str, Any]]:
+    """People who ask again and again, each prompt continuing the one before; all start with the same block."""
+    rng, fresh = random.Random(seed), iter(range(1, 10**6))
+    said = [[0] for _ in range(people)]
+    rows = []
+    for turn in range(turns):
+        person = rng.randrange(people)
+        said[person] = [*said[person], *(next(fresh) for _ in range(rng.randint(1, 3)))]
+        if len(said[person]) > 12:
+            said[person] = [0, next(fresh)]
+        tail = rng.choice((0, 1, 200))
+        rows.append(request(turn * 150, said[person], len(said[person]) * 512 - tail, rng.choice((0, 1, 2, 40, 300))))
+    return rows
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import asdict
 from typing import Any
 
@@ -11,26 +10,11 @@ import pytest
 from kvmanager.errors import InvalidValue
 from kvmanager.replay.scheduler import ConcurrentRun, Load
 from kvmanager.replay.traces import TracedRequest, read_trace
-from tests.replay.conftest import WriteTrace, request
+from tests.replay.conftest import WriteTrace, conversations, request
 
 
-def conversations(seed: int, turns: int, people: int = 6) -> list[dict[str, Any]]:
-    """People who ask again and again, each prompt continuing the one before; all start with the same block."""
-    rng, fresh = random.Random(seed), iter(range(1, 10**6))
-    said = [[0] for _ in range(people)]
-    rows = []
-    for turn in range(turns):
-        person = rng.randrange(people)
-        said[person] = [*said[person], *(next(fresh) for _ in range(rng.randint(1, 3)))]
-        if len(said[person]) > 12:
-            said[person] = [0, next(fresh)]
-        tail = rng.choice((0, 1, 200))
-        rows.append(request(turn * 150, said[person], len(said[person]) * 512 - tail, rng.choice((0, 1, 2, 40, 300))))
-    return rows
-
-
-def replay(requests: list[TracedRequest], pages: int, page_size: int = 64, **load: Any) -> ConcurrentRun:
-    run = ConcurrentRun(requests, pages=pages, page_size=page_size, load=Load(**load))
+def replay(requests: list[TracedRequest], pages: int, page_size: int = 64, queue: int = 0, **load: Any) -> ConcurrentRun:
+    run = ConcurrentRun(requests, pages=pages, page_size=page_size, load=Load(**load), queue=queue)
     done = list(run.run())
     assert done == sorted(done) and done[-1] == len(requests)
     return run
@@ -51,6 +35,8 @@ def at_rest(run: ConcurrentRun) -> bool:
         (102, {"speed": 20.0, "chunk": 300}),
         (110, {"pools": 3, "speed": 10.0, "ack_late": 1}),
         (130, {"batch": 1}),
+        (102, {"queue": 5, "speed": 20.0, "pools": 2, "ack_late": 2}),
+        (120, {"queue": 100, "batch": 2, "speed": 20.0}),
     ],
     ids=str,
 )
@@ -59,6 +45,7 @@ def test_every_request_generates_its_output_and_every_page_comes_home(write_trac
     run = replay(requests, pages, **load)
     counts = run.meter.counts
     assert at_rest(run)
+    assert not run.meter.manager.state.waiting
     assert counts.tokens_output == sum(each.output_length for each in requests)
     assert counts.tokens_prompt == sum(each.input_length for each in requests)
     assert counts.pages_whole == sum(each.input_length // 64 for each in requests)
@@ -96,6 +83,12 @@ def test_a_request_larger_than_its_pool_is_refused_alone(write_trace: WriteTrace
     run = replay(read_trace(write_trace(rows)), 40)
     assert (run.meter.counts.too_large, run.done) == (2, 3)
     assert at_rest(run)
+
+
+def test_knowing_the_line_saves_pages_under_overload(write_trace: WriteTrace) -> None:
+    requests = read_trace(write_trace(conversations(6, 150, people=13)))
+    hits = [replay(requests, 200, queue=queue, speed=100.0, batch=4).meter.counts.pages_hit for queue in (0, 100)]
+    assert hits[1] > hits[0]
 
 
 def test_an_idle_stretch_costs_no_steps(write_trace: WriteTrace) -> None:

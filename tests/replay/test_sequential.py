@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from kvmanager.replay.sequential import SequentialRun
 from kvmanager.replay.traces import TracedRequest, read_trace
-from tests.replay.conftest import WriteTrace, request
+from tests.replay.conftest import WriteTrace, conversations, request
 
 PAGE_SIZES = (1, 16, 100, 512, 1024)
-Prompt = tuple[Sequence[int], int]  # block ids, tokens
+Page = tuple[tuple[int, ...], int]
 
 
 class NaiveCache:
@@ -25,31 +25,40 @@ class NaiveCache:
 
     def __init__(self, capacity: int, page_size: int) -> None:
         self.capacity, self.page_size = capacity, page_size
-        self.last_used: dict[tuple[tuple[int, ...], int], int] = {}
+        self.last_used: dict[Page, int] = {}
         self.now = self.evictions = 0
 
-    def key(self, ids: Sequence[int], number: int) -> tuple[tuple[int, ...], int]:
-        return tuple(ids[: ((number + 1) * self.page_size - 1) // 512 + 1]), number
+    def pages_of(self, request: TracedRequest) -> list[Page]:
+        ids, size = request.blocks.tolist(), self.page_size
+        return [(tuple(ids[: ((number + 1) * size - 1) // 512 + 1]), number) for number in range(request.input_length // size)]
 
-    def serve(self, ids: Sequence[int], length: int) -> int:
-        """Pages hit."""
+    def serve(self, request: TracedRequest, queue: Sequence[TracedRequest] = ()) -> int:
+        """Pages hit. Pages that the queue would use go last, those whose first user stands farthest back before the others."""
         self.now += 1
-        own = [self.key(ids, number) for number in range(length // self.page_size)]
+        own = self.pages_of(request)
+        wanted: dict[Page, int] = {}
+        for place, waiting in enumerate(queue):
+            for key in self.pages_of(waiting):
+                wanted.setdefault(key, place)
+
+        def order(key: Page) -> tuple[int, ...]:
+            return (1, -wanted[key], -key[1]) if key in wanted else (0, self.last_used[key], -key[1])
+
         hits = next((at for at, key in enumerate(own) if key not in self.last_used), len(own))
         self.last_used.update(dict.fromkeys(own, self.now))
         while len(self.last_used) > self.capacity:
             others = [key for key, used in self.last_used.items() if used != self.now]
-            oldest = min(others, key=lambda key: (self.last_used[key], -key[1]))
-            # By these rules the oldest has nothing resident below it: whoever used a page used those above it, too.
+            oldest = min(others, key=order)
+            # By these rules it has nothing resident below it: whoever used or wants a page uses those above it, too.
             assert not any(key[1] == oldest[1] + 1 and key[0][: len(oldest[0])] == oldest[0] for key in self.last_used)
             del self.last_used[oldest]
             self.evictions += 1
         return hits
 
 
-def hits_of(requests: Sequence[TracedRequest], pages: int, page_size: int) -> tuple[list[int], int]:
+def hits_of(requests: Sequence[TracedRequest], pages: int, page_size: int, queue: int = 0) -> tuple[list[int], int]:
     """(pages hit by each request, pages evicted)"""
-    run = SequentialRun(requests, pages=pages, page_size=page_size)
+    run = SequentialRun(requests, pages=pages, page_size=page_size, queue=queue)
     hits, before = [], 0
     for _ in run.run():
         hits.append(run.meter.counts.pages_hit - before)
@@ -59,12 +68,12 @@ def hits_of(requests: Sequence[TracedRequest], pages: int, page_size: int) -> tu
     return hits, run.meter.counts.evictions
 
 
-def compare(requests: Sequence[TracedRequest], page_size: int, capacities: Sequence[int]) -> None:
+def compare(requests: Sequence[TracedRequest], page_size: int, capacities: Sequence[int], queue: int = 0) -> None:
     largest = max(each.input_length // page_size for each in requests)
     for capacity in capacities:
         naive = NaiveCache(largest + 1 + capacity, page_size)
-        expected = [naive.serve(each.blocks.tolist(), each.input_length) for each in requests]
-        assert hits_of(requests, naive.capacity, page_size) == (expected, naive.evictions), f"{naive.capacity} pages"
+        expected = [naive.serve(each, requests[at + 1 : at + 1 + queue]) for at, each in enumerate(requests)]
+        assert hits_of(requests, naive.capacity, page_size, queue) == (expected, naive.evictions), f"{naive.capacity} pages"
 
 
 @st.composite
@@ -84,16 +93,32 @@ def traces(draw: st.DrawFn, block_max: int = 5, tails: Sequence[int] = (512, 512
 
 
 @given(traces(), st.sampled_from([512, 512, 1024, 100]))
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=30)
 def test_every_request_hits_what_leaf_first_lru_hits(requests: list[TracedRequest], page_size: int) -> None:
     """The reference's rules, at capacities from the largest prompt (and the page its last token would need) up to no limit."""
-    compare(requests, page_size, (0, 1, 2, 3, 5, 8, 13, 10_000))
+    compare(requests, page_size, (0, 1, 2, 5, 13, 10_000))
 
 
 @given(traces(block_max=1, tails=(1, 2, 7, 16, 17, 31, 32, 40, 63)), st.sampled_from([1, 16]))
 @hypothesis_settings(max_examples=30)
 def test_every_request_hits_what_leaf_first_lru_hits_with_small_pages(requests: list[TracedRequest], page_size: int) -> None:
     compare(requests, page_size, (0, 1, 3, 10, 100))
+
+
+@given(traces(), st.sampled_from([512, 1024, 100]), st.integers(1, 8))
+@hypothesis_settings(max_examples=30)
+def test_every_request_hits_what_lru_that_spares_the_queue_hits(requests: list[TracedRequest], page_size: int, queue: int) -> None:
+    compare(requests, page_size, (0, 1, 2, 5, 13), queue)
+
+
+@pytest.mark.parametrize("queue", [1, 16, 64])
+def test_knowing_the_queue_never_hits_less(write_trace: WriteTrace, queue: int) -> None:
+    """On traces of conversations; a hint that is always true must not do harm."""
+    for seed in range(3):
+        requests = read_trace(write_trace(conversations(seed, 80, people=20)))
+        for pages in (13, 30, 80):
+            without, with_queue = (sum(hits_of(requests, pages, 512, known)[0]) for known in (0, queue))
+            assert with_queue >= without, f"seed {seed}, {pages} pages"
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
@@ -116,9 +141,18 @@ TRACES = os.environ.get("KVMANAGER_TRACES", "")
 
 
 @pytest.mark.skipif(not TRACES, reason="KVMANAGER_TRACES names no folder with the public traces")
-@pytest.mark.parametrize(("pages", "hits"), [(3_000, 19_404), (10_000, 62_005), (50_000, 102_725), (171_000, 105_592)])
+@pytest.mark.parametrize(("pages", "hits"), [(10_000, 62_005), (171_000, 105_592)])
 def test_the_conversation_trace_gives_the_reference_figures(pages: int, hits: int) -> None:
     run = SequentialRun(read_trace(Path(TRACES) / "conversation_trace.jsonl"), pages=pages, page_size=512)
     for _ in run.run():
         pass
     assert (run.meter.counts.pages_hit, run.meter.counts.pages_whole) == (hits, 276_491)
+
+
+@pytest.mark.skipif(not TRACES, reason="KVMANAGER_TRACES names no folder with the public traces")
+@pytest.mark.parametrize(("pages", "queue", "ratio"), [(10_000, 256, 0.267), (3_000, 1000, 0.29)])
+def test_the_queue_saves_as_much_as_the_reference_does(pages: int, queue: int, ratio: float) -> None:
+    run = SequentialRun(read_trace(Path(TRACES) / "conversation_trace.jsonl"), pages=pages, page_size=512, queue=queue)
+    for _ in run.run():
+        pass
+    assert run.meter.counts.pages_hit / run.meter.counts.pages_whole >= ratio
