@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvmanager.client import KVClient
-    from kvmanager.commands import Enqueue, Open
+    from kvmanager.commands import Enqueue, Open, Pin
     from kvmanager.config import ManagerConfig, PoolConfig
     from kvmanager.follower import Follower
-    from kvmanager.manager import KVManager, Opened, Refused, StepReply
+    from kvmanager.manager import KVManager, Opened, Pinned, Refused, StepReply
     from kvmanager.replica import Pull, Replica
     from kvmanager.server import Server
     from kvmanager.state import Notice
@@ -32,6 +32,8 @@ __all__ = [
     "Notice",
     "Open",
     "Opened",
+    "Pin",
+    "Pinned",
     "PoolConfig",
     "Pull",
     "Refused",
@@ -51,6 +53,8 @@ _HOME = {
     "Notice": "state",
     "Open": "commands",
     "Opened": "manager",
+    "Pin": "commands",
+    "Pinned": "manager",
     "PoolConfig": "config",
     "Pull": "replica",
     "Refused": "manager",

@@ -21,6 +21,7 @@ from kvmanager.handoff import Handoff, HandoffState
 from kvmanager.owners import let_go as _let_go
 from kvmanager.owners import note_place as _note_place
 from kvmanager.owners import note_publishable as _note_publishable
+from kvmanager.pins import apply_pin_begun, apply_pins_ended, pin_restored
 from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES, Node
 from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
@@ -436,7 +437,7 @@ def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restor
 
 
 def _policy_restored(state: State, event: ev.PolicyRestored, _: Restoring) -> None:
-    state.next_waiting = event.next_waiting
+    state.next_waiting, state.next_pin = event.next_waiting, event.next_pin
 
 
 def _client_restored(state: State, event: ev.ClientRestored, _: Restoring) -> None:
@@ -476,6 +477,8 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.ClientForgotten: _client_forgotten,
     ev.PromptEnqueued: apply_enqueued,
     ev.PromptsDequeued: apply_dequeued,
+    ev.PinBegun: apply_pin_begun,
+    ev.PinsEnded: apply_pins_ended,
     ev.EpochBegun: lives.epoch_begun,
 }
 
@@ -491,5 +494,6 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.HandoffRestored: _handoff_restored,
     ev.ClientRestored: _client_restored,
     ev.PolicyRestored: _policy_restored,
+    ev.PinBegun: pin_restored,
     ev.LivesRestored: lives.lives_restored,
 }

@@ -16,11 +16,25 @@ from kvmanager.config import MAX_SLOTS, check_int, check_name
 from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.eviction import PRIORITY_MAX, PRIORITY_MIN
 
-__all__ = ["Ack", "Command", "Enqueue", "Join", "Open", "Step", "Tick", "WorkerGone", "as_tokens", "command_from_wire", "command_to_wire"]
+__all__ = [
+    "Ack",
+    "Command",
+    "Enqueue",
+    "Join",
+    "Open",
+    "Pin",
+    "Step",
+    "Tick",
+    "WorkerGone",
+    "as_tokens",
+    "command_from_wire",
+    "command_to_wire",
+]
 
 INT64_MAX = 2**63 - 1
 TENANT_BYTES_MAX = 256
 MEMORY_BYTES_MAX = 4096
+LEASE_MAX = 1 << 40  # milliseconds or versions
 Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
 
 
@@ -183,8 +197,47 @@ class Enqueue:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Pin:
+    """Keep a prefix cached: as many leading pages of it as are in the pool's index now (see `pins`).
+
+    tokens, pool, tenant, extra   the prefix; or else
+    sequence     what the index has of this open sequence, which the same step may close
+    lease_ms     let go after so many milliseconds, 0 for never
+    lease_steps  let go after so many versions, 0 for never
+    session      a name within the tenant (at most 256 bytes): the pin takes the place of those of the session's that are a prefix of it
+    """
+
+    tokens: Any = ()
+    pool: str = ""
+    tenant: bytes = b""
+    extra: bytes = b""
+    sequence: int = 0
+    lease_ms: int = 0
+    lease_steps: int = 0
+    session: bytes = b""
+
+    def __post_init__(self) -> None:
+        check_int("pin.sequence", self.sequence, 0, INT64_MAX)
+        tokens = as_tokens("pin.tokens", self.tokens)
+        if self.sequence:
+            for name, value in (("tokens", tokens), ("pool", self.pool), ("tenant", self.tenant), ("extra", self.extra)):
+                if len(value):
+                    raise InvalidValue(f"pin.{name}", "a sequence, or else a prefix", "both")
+        elif not len(tokens):
+            raise InvalidValue("pin.tokens", "at least one token", "none")
+        else:
+            check_name("pin.pool", self.pool)
+        object.__setattr__(self, "tokens", tokens)
+        for name in ("tenant", "extra", "session"):
+            object.__setattr__(self, name, _check_bytes(f"pin.{name}", getattr(self, name), TENANT_BYTES_MAX))
+        check_int("pin.lease_ms", self.lease_ms, 0, LEASE_MAX)
+        check_int("pin.lease_steps", self.lease_steps, 0, LEASE_MAX)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One scheduler step for the whole batch, in this order: close, abort, truncate, tokens, hand_off, grow, fork, open, dequeue, enqueue.
+    """One scheduler step for the whole batch, in this order: close, abort, truncate, tokens, unpin, release, pin, hand_off, grow, fork,
+    open, dequeue, enqueue.
 
     close        sequence ids, int64
     abort        handoff ids, int64
@@ -193,6 +246,9 @@ class Step:
     grow         sequence ids, int64, each once
     grow_counts  slots for each, int64, >= 1; None is one each
     opens        Open objects
+    unpin        pin ids, int64
+    release      (tenant, session) pairs, bytes: all pins of the session
+    pin          Pin objects
     dequeue      ids of waiting prompts that wait no longer, int64
     enqueue      Enqueue objects: what this step evicts is chosen before they are looked at
     truncate     (sequence id, new length) pairs, int64 [n, 2], each sequence once; length >= 1: the sequence is its first tokens again,
@@ -215,16 +271,25 @@ class Step:
     enqueue: Any = ()
     truncate: Any = ()
     fork: Any = ()
+    pin: Any = ()
+    unpin: Any = ()
+    release: Any = ()
 
     def __post_init__(self) -> None:
         opens = _check_list("step.opens", self.opens)
         for item in opens:
             if not isinstance(item, Open):
                 raise InvalidValue("step.opens", "Open objects", type(item).__name__)
-        enqueue = _check_list("step.enqueue", self.enqueue)
-        for item in enqueue:
-            if not isinstance(item, Enqueue):
-                raise InvalidValue("step.enqueue", "Enqueue objects", type(item).__name__)
+        items: dict[str, list[Any]] = {"enqueue": _check_list("step.enqueue", self.enqueue), "pin": _check_list("step.pin", self.pin)}
+        for name, cls in (("enqueue", Enqueue), ("pin", Pin)):
+            for item in items[name]:
+                if not isinstance(item, cls):
+                    raise InvalidValue(f"step.{name}", f"{cls.__name__} objects", type(item).__name__)
+        release = []
+        for number, item in enumerate(_check_list("step.release", self.release)):
+            pair = _pair(f"step.release[{number}]", item)
+            tenant, session = (_check_bytes(f"step.release[{number}]", each, TENANT_BYTES_MAX) for each in pair)
+            release.append((tenant, session))
         grow = _as_ids("step.grow", self.grow)
         if self.grow_counts is None:
             counts = np.ones(len(grow), np.int64)
@@ -254,9 +319,12 @@ class Step:
             ("hand_off", hand_off),
             ("abort", _as_ids("step.abort", self.abort)),
             ("dequeue", _as_ids("step.dequeue", self.dequeue)),
-            ("enqueue", enqueue),
             ("truncate", truncate),
             ("fork", _as_pairs("step.fork", self.fork, MAX_SLOTS, default=1)),
+            ("enqueue", items["enqueue"]),
+            ("pin", items["pin"]),
+            ("unpin", _as_ids("step.unpin", self.unpin)),
+            ("release", release),
         ):
             object.__setattr__(self, name, value)
 
@@ -337,14 +405,14 @@ class Tick:
 
 Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick
 _KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick}
-_ITEMS: dict[str, type] = {"opens": Open, "enqueue": Enqueue}  # lists of a step whose items are maps on the wire
+_ITEMS: dict[str, type] = {"opens": Open, "enqueue": Enqueue, "pin": Pin}  # lists of a step whose items are maps on the wire
 _NAMES = {cls: kind for kind, cls in _KINDS.items()}
 _FIELDS: dict[type, tuple[str, ...]] = {
     cls: tuple(item.name for item in fields(cls)) for cls in (Step, Join, Ack, WorkerGone, Tick, *_ITEMS.values())
 }
 
 
-_DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.default is not MISSING} for cls in _ITEMS.values()}
+_DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.default not in (MISSING, ())} for cls in _ITEMS.values()}
 
 
 def _plain(value: Any) -> Any:

@@ -66,6 +66,8 @@ class ManagerConfig:
     batch_max            items of one kind (opens, grows, ...) in one step
     workers_max, clients_max, handoffs_max   entries in those tables; the oldest idle client is forgotten when its table is full
     waiting_max, waiting_tokens_max   prompts in the waiting queue, and their tokens together
+    pins_max             pins at once
+    pin_percent, pin_percent_all   of a pool's pages that the pins of one tenant, and of all together, may hold
     message_bytes_max    one message on the wire
     lease_ms             a worker that does not acknowledge for this long is fenced
     heartbeat_ms         an idle publisher says where it stands this often
@@ -86,6 +88,9 @@ class ManagerConfig:
     handoffs_max: int = 4096
     waiting_max: int = 4096
     waiting_tokens_max: int = 1 << 26
+    pins_max: int = 4096
+    pin_percent: int = 25
+    pin_percent_all: int = 75
     message_bytes_max: int = 64 << 20
     lease_ms: int = 10_000
     heartbeat_ms: int = 200
@@ -114,6 +119,9 @@ class ManagerConfig:
         check_int("handoffs_max", self.handoffs_max, 1, 1 << 20)
         check_int("waiting_max", self.waiting_max, 0, 1 << 20)
         check_int("waiting_tokens_max", self.waiting_tokens_max, 0, 1 << 32)
+        check_int("pins_max", self.pins_max, 0, 1 << 20)
+        check_int("pin_percent", self.pin_percent, 0, 100)
+        check_int("pin_percent_all", self.pin_percent_all, 0, 100)
         check_int("message_bytes_max", self.message_bytes_max, 4096, 1 << 30)
         check_int("lease_ms", self.lease_ms, 10, 86_400_000)
         check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)

@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 
 from kvmanager import events as ev
-from kvmanager import lives
+from kvmanager import lives, pins
 from kvmanager.admission import admit, check_ready
 from kvmanager.commands import Ack, Command, Join, Step, Tick, WorkerGone
 from kvmanager.copies import decide_copies
@@ -143,6 +143,7 @@ def _tick(draft: Draft, command: Tick, now_ms: int, client: int) -> dict[str, An
             _lose_pool(draft, worker.pool, f"worker {worker.name} stopped acknowledging")
             draft.fenced[worker.worker_id] = None
             draft.events.append(ev.WorkerFenced(worker.worker_id))
+    pins.expire(draft, now_ms)
     return {}
 
 
@@ -157,6 +158,7 @@ def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
     for sequence_id in lost:
         draft.closed[sequence_id] = None
         draft.events.append(ev.SequenceClosed(sequence_id, 1))
+    pins.lose(draft, pool)
     if state.pools[pool].prefix.pages_indexed:
         draft.events.append(ev.IndexDropped(pool))
     return lost
@@ -165,9 +167,12 @@ def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
 # --- one scheduler step ----------------------------------------------------------------------------------------------------------
 
 
+_LISTS = ("opens", "grow", "close", "tokens", "hand_off", "abort", "dequeue", "enqueue", "truncate", "fork", "unpin", "release", "pin")
+
+
 def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, Any]:
     limit = draft.state.config.batch_max
-    for name in ("opens", "grow", "close", "tokens", "hand_off", "abort", "dequeue", "enqueue", "truncate", "fork"):
+    for name in _LISTS:
         if len(getattr(command, name)) > limit:
             raise InvalidValue(f"step.{name}", f"at most {limit} items", len(getattr(command, name)))
     reply: dict[str, Any] = {}
@@ -189,6 +194,12 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
     decide_truncated(draft)
     for index, (sequence_id, tokens) in enumerate(command.tokens):
         attempt("tokens", index, _append_tokens, sequence_id, tokens)
+    for index, pin_id in enumerate(command.unpin.tolist()):
+        attempt("unpin", index, pins.unpin, pin_id)
+    for index, (tenant, session) in enumerate(command.release):
+        attempt("release", index, pins.end_session, tenant, session)
+    if command.pin:
+        reply["pinned"] = [attempt("pin", index, pins.pin, item, client, now_ms) for index, item in enumerate(command.pin)]
     if command.hand_off:
         reply["handoffs"] = [
             attempt("hand_off", index, _hand_off, sequence_id, pool) or 0 for index, (sequence_id, pool) in enumerate(command.hand_off)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from kvmanager.prefix import NO_PAGES, PAGE_ID, TOKEN_BYTES, Match, Node
 from kvmanager.sequences import Sequence
 from kvmanager.state import NEVER, State
 
-__all__ = ["Cut", "Draft", "PagesDraft", "PoolDraft", "StackDraft"]
+__all__ = ["Cut", "Draft", "PagesDraft", "PinsDraft", "PoolDraft", "StackDraft"]
 
 
 class StackDraft:
@@ -156,6 +157,17 @@ class Cut(NamedTuple):
     target: int
 
 
+@dataclass(slots=True)
+class PinsDraft:
+    """Pins that a command ends and begins, and the distinct pages that makes."""
+
+    ended: dict[int, None] = field(default_factory=dict)
+    begun: int = 0
+    less: dict[Node, int] = field(default_factory=dict)  # pins that a node loses
+    fresh: dict[Node, int] = field(default_factory=dict)  # leading pages of a node that get a pin
+    change: dict[tuple[int, bytes], int] = field(default_factory=dict)  # (pool, tenant) -> pinned pages
+
+
 class Draft:
     """The difference between the state and what it will be once the events decided so far are applied."""
 
@@ -182,6 +194,7 @@ class Draft:
         self.cut_pages: dict[int, int] = {}  # pool -> pages that they need for copies
         self.published: dict[int, int] = {}  # sequence -> pages in the index
         self.copies: dict[int, dict[int, tuple[int, int]]] = {}  # pool -> target page -> (source page, tokens)
+        self.pins = PinsDraft()
         self._pools: dict[int, PoolDraft] = {}
 
     def pool(self, index: int) -> PoolDraft:

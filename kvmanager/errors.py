@@ -20,7 +20,9 @@ __all__ = [
     "KVError",
     "LayoutMismatch",
     "ManagerUnreachable",
+    "NotCached",
     "OutOfPages",
+    "OverPinBudget",
     "PoolNotReady",
     "PrefixPending",
     "ReplicaGap",
@@ -112,6 +114,32 @@ class PrefixPending(KVError):
             pool=pool,
             sequence=sequence,
             tokens=tokens,
+        )
+
+
+class NotCached(KVError):
+    """No page of the prefix is in the pool's index now: there is nothing to pin."""
+
+    code = "not_cached"
+
+    def __init__(self, pool: str) -> None:
+        super().__init__(f"pool {pool}: expected a prefix with cached pages, got one without", pool=pool)
+
+
+class OverPinBudget(KVError):
+    """With this pin a tenant, or all of them together (tenant "*"), would hold more distinct pages than the budget of the pool."""
+
+    code = "over_pin_budget"
+
+    def __init__(self, pool: str, tenant: bytes | None, needed: int, budget: int) -> None:
+        name = "*" if tenant is None else tenant.decode(errors="replace")
+        whose = "of all tenants" if tenant is None else f"of tenant {name!r}"
+        super().__init__(
+            f"pool {pool}: expected at most {budget} pinned pages {whose}, got {needed}",
+            pool=pool,
+            tenant=name,
+            needed=needed,
+            budget=budget,
         )
 
 
@@ -237,7 +265,9 @@ _BY_CODE: dict[str, type[KVError]] = {
         BadMessage,
         Unknown,
         WrongState,
+        NotCached,
         OutOfPages,
+        OverPinBudget,
         PrefixPending,
         SequenceTooLarge,
         TooMany,

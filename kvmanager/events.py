@@ -263,6 +263,26 @@ class PromptsDequeued(NamedTuple):
     waiting: Ints64
 
 
+class PinBegun(NamedTuple):
+    """These pages, which lead in the namespace, stay cached until the pin ends. Deadlines of 0 are none. In a snapshot: it is held."""
+
+    pin: int
+    client: int
+    pool: int
+    namespace: bytes
+    pages: Ints32
+    session: bytes
+    deadline_ms: int
+    deadline_version: int
+
+
+class PinsEnded(NamedTuple):
+    """reason: 0 asked for, 1 the lease ended, 2 lost with what it held, 3 superseded in its session."""
+
+    pins: Ints64
+    reason: int
+
+
 # Snapshot events: they build a state from nothing.
 
 
@@ -373,6 +393,7 @@ class HandoffRestored(NamedTuple):
 
 class PolicyRestored(NamedTuple):
     next_waiting: int
+    next_pin: int
 
 
 class ClientRestored(NamedTuple):
@@ -449,6 +470,8 @@ EVENTS: tuple[type, ...] = (
     SequenceForked,
     PagesCopied,
     SequenceMarksRestored,
+    PinBegun,
+    PinsEnded,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

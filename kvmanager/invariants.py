@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 
 from kvmanager.errors import InvariantBroken
+from kvmanager.pins import pages_of
 from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES
-from kvmanager.state import State
+from kvmanager.state import State, tenant_of
 
 __all__ = ["check_invariants"]
 
@@ -61,6 +62,17 @@ def check_invariants(state: State) -> None:
                 _fail(pool.name, f"in flight: sequence {sequence_id} holds a place and is not there")
             elif flight.place != (holder.node, bytes(holder.tokens[holder.published * step : (holder.published + 1) * step])):
                 _fail(pool.name, f"in flight: sequence {sequence_id} is not where its indexed pages end")
+        pins: Counter[int] = Counter()
+        pinned: dict[bytes, dict[int, None]] = {}
+        for held in state.pins.values():
+            if held.pool == pool.index:
+                pages = pages_of(held).tolist()
+                owners.update(pages)
+                pinned.setdefault(tenant_of(held.namespace), {}).update(dict.fromkeys(pages))
+                node_refs.update(id(node) for node in held.node.path())
+                pins.update(id(node) for node in held.node.path())
+        if {tenant: len(pages) for tenant, pages in pinned.items()} != pool.pinned:
+            _fail(pool.name, f"pinned pages {pool.pinned}, pins hold { {tenant: len(pages) for tenant, pages in pinned.items()} }")
         refs = np.zeros(pool.num_pages, np.int64)
         for page, count in owners.items():
             refs[page] = count
@@ -75,6 +87,8 @@ def check_invariants(state: State) -> None:
             indexed += node.pages
             if node.refs != node_refs[id(node)]:
                 _fail(pool.name, f"index node of page {node.pages[0]}: refs {node.refs}, holders {node_refs[id(node)]}")
+            if node.pins != pins[id(node)]:
+                _fail(pool.name, f"index node of page {node.pages[0]}: {node.pins} pins, expected {pins[id(node)]}")
             if (node in pool.prefix.order) != (node.refs == 0 and node.waiters is None):
                 _fail(pool.name, f"index node of page {node.pages[0]}: refs {node.refs}, in order of eviction {node in pool.prefix.order}")
             if len(node.tokens) != len(node.pages) * pool.prefix.page_bytes or not node.pages:

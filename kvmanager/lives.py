@@ -94,6 +94,11 @@ def epoch_begun(state: State, event: ev.EpochBegun) -> None:
     state.next_generation += _IDS
     state.next_worker += _IDS
     state.next_handoff += _IDS
+    state.next_waiting += _IDS
+    state.next_pin += _IDS
+    for held in state.pins.values():
+        if held.deadline_version:
+            held.deadline_version += state.version - event.last  # versions that nobody lived through
     have = len(state.free_slots) + len(state.sequences)
     state.free_slots[:0] = range(event.slots - 1, have - 1, -1)
     for pool in state.pools:

@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 
 from kvmanager.apply import apply
-from kvmanager.commands import Ack, Command, Enqueue, Join, Open, Step, Tick, Tokens, WorkerGone
+from kvmanager.commands import Ack, Command, Enqueue, Join, Open, Pin, Step, Tick, Tokens, WorkerGone
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide, stale_number
 from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
@@ -30,7 +30,7 @@ from kvmanager.recovery import LogTail, Recovered, batches_since, recover
 from kvmanager.snapshot import snapshot
 from kvmanager.state import Notice, State
 
-__all__ = ["KVManager", "Opened", "Refused", "StepReply", "Surface", "new_state"]
+__all__ = ["KVManager", "Opened", "Pinned", "Refused", "StepReply", "Surface", "new_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,14 @@ class Opened:
     cached_tokens: int
     length: int
     pool: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A pin: the first `tokens` tokens of the prefix were cached, and stay so."""
+
+    pin: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ class StepReply:
     handoffs  handoff id for each of step.hand_off, 0 where refused
     queued    id for each of step.enqueue, 0 where refused
     forked    ids of the children for each of step.fork, none where refused
+    pinned    one for each of step.pin, None where refused
     refused   items that were not done
     notices   news of this client's sequences since its last reply (see Notice)
     """
@@ -69,6 +78,7 @@ class StepReply:
     opened: list[Opened | None] = field(default_factory=list)
     handoffs: list[int] = field(default_factory=list)
     queued: list[int] = field(default_factory=list)
+    pinned: list[Pinned | None] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     forked: list[list[int]] = field(default_factory=list)
@@ -84,6 +94,7 @@ def _step_reply(reply: dict[str, Any]) -> StepReply:
         [Opened(*item) if item else None for item in reply.get("opened", [])],
         reply.get("handoffs", []),
         reply.get("queued", []),
+        [Pinned(*item) if item else None for item in reply.get("pinned", [])],
         [Refused(kind, index, error_from_wire(*error)) for kind, index, *error in reply.get("refused", [])],
         [Notice(*item) for item in reply.get("notices", [])],
         reply.get("forked", []),
@@ -126,13 +137,29 @@ class Surface:
         enqueue: Sequence[Enqueue] = (),
         truncate: Any = (),
         fork: Any = (),
+        pin: Sequence[Pin] = (),
+        unpin: Any = (),
+        release: Sequence[tuple[bytes, bytes]] = (),
     ) -> StepReply:
         """One scheduler step for the whole batch; see `commands.Step` for each argument and their order.
 
         Raises InvalidValue if any value is malformed; nothing has changed then. Items that cannot be done are in `.refused`.
         """
         command = Step(
-            tuple(opens), grow, grow_counts, close, tuple(tokens), tuple(hand_off), abort, dequeue, tuple(enqueue), truncate, fork
+            opens=tuple(opens),
+            grow=grow,
+            grow_counts=grow_counts,
+            close=close,
+            tokens=tuple(tokens),
+            hand_off=tuple(hand_off),
+            abort=abort,
+            dequeue=dequeue,
+            enqueue=tuple(enqueue),
+            truncate=truncate,
+            fork=fork,
+            pin=tuple(pin),
+            unpin=unpin,
+            release=tuple(release),
         )
         reply = _step_reply(self._execute(command))
         if self.notices:
@@ -195,6 +222,41 @@ class Surface:
     def fork(self, sequence: int, count: int = 1) -> list[int]:
         """Begin `count` sequences as copies of this one; gives their ids. Raises Unknown, WrongState, TooMany, OutOfPages."""
         return self._one("fork", Step(fork=((sequence, count),)))["forked"][0]
+
+    def pin(
+        self,
+        tokens: Tokens,
+        pool: str,
+        *,
+        tenant: bytes = b"",
+        extra: bytes = b"",
+        lease_ms: int = 0,
+        lease_steps: int = 0,
+        session: bytes = b"",
+    ) -> Pinned:
+        """Keep a prefix cached; see `commands.Pin`. Raises NotCached, OverPinBudget, Unknown (pool), TooMany."""
+        item = Pin(tokens, pool, tenant, extra, 0, lease_ms, lease_steps, session)
+        return Pinned(*self._one("pin", Step(pin=(item,)))["pinned"][0])
+
+    def hold(self, sequence: int, session: bytes, *, lease_ms: int = 0, lease_steps: int = 0) -> Pinned:
+        """A session keeps what the index has of a sequence, instead of the shorter prefix that it kept before; see `commands.Pin`.
+
+        Raises NotCached, OverPinBudget, Unknown (sequence), TooMany.
+        """
+        item = Pin(sequence=sequence, lease_ms=lease_ms, lease_steps=lease_steps, session=session)
+        return Pinned(*self._one("pin", Step(pin=(item,)))["pinned"][0])
+
+    def unpin(self, pin: int) -> int:
+        """Let a pinned prefix go, or one branch of a session; gives the version. Raises Unknown."""
+        return self._one("unpin", Step(unpin=[pin]))["version"]
+
+    def release(self, session: bytes, *, tenant: bytes = b"") -> int:
+        """Let everything go that a session holds; gives the version. Raises Unknown."""
+        return self._one("release", Step(release=((tenant, session),)))["version"]
+
+    def pins(self, tenant: bytes | None = None) -> list[dict[str, Any]]:
+        """All pins, or those of one tenant: pin, client, pool, tenant, session, tokens, pages, and what is left of the leases."""
+        return self._ask({"t": "pins"} if tenant is None else {"t": "pins", "tenant": tenant})["pins"]
 
     def hand_off(self, sequence: int, pool: str) -> int:
         """Move a sequence to another pool; gives the handoff id. The outcome comes as a notice: resident or aborted."""
@@ -372,6 +434,7 @@ class KVManager(Surface):
         state, now = self.state, self.now()
         if (
             any(not worker.fenced and now > worker.deadline_ms for worker in state.workers.values())
+            or any(each.expired(now, state.version) for each in state.pins.values())
             or any(pool.quarantine and pool.oldest_quarantined() <= state.acked(pool.index) for pool in state.pools)
             or any(each.state is HandoffState.SEALED for each in state.handoffs.values())
             or any(each.state is HandoffState.ABORTED and each.version <= state.acked(each.target) for each in state.handoffs.values())

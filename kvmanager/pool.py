@@ -102,6 +102,7 @@ class Pool:
         self.quarantined = 0
         self.prefix = PrefixIndex(page_size, num_pages)
         self.inflight = InFlight()
+        self.pinned: dict[bytes, int] = {}  # tenant -> distinct pages that its pins hold
         self.publishable: dict[int, None] = {}  # sequences with acknowledged pages that are not in the index yet
 
     def counts(self) -> PoolCounts:

@@ -35,7 +35,7 @@ class Node:
     its `tokens` are its namespace.
     """
 
-    __slots__ = ("children", "ids", "last_used", "parent", "priority", "refs", "sought", "tokens", "waiters")
+    __slots__ = ("children", "ids", "last_used", "parent", "pins", "priority", "refs", "sought", "tokens", "waiters")
 
     def __init__(self, parent: Node | None, tokens: bytes, ids: bytes) -> None:
         self.parent = parent
@@ -45,6 +45,7 @@ class Node:
         self.refs = 0
         self.last_used = 0
         self.priority = PRIORITY_MIN  # whoever holds it raises it
+        self.pins = 0  # pins among its holders
         self.waiters: Waiters | None = None  # prompts in the queue that would use its pages, nearest first
         self.sought: dict[bytes, Waiters] | None = None  # those that end here, by the page that they would use next
 
@@ -258,7 +259,7 @@ class PrefixIndex:
         if parent is None:
             raise InvariantBroken("prefix index: the root has no pages to split")
         upper = Node(parent, node.tokens[:cut], node.ids[: page_count * ID_BYTES])
-        upper.refs, upper.last_used, upper.priority = node.refs, node.last_used, node.priority
+        upper.refs, upper.last_used, upper.priority, upper.pins = node.refs, node.last_used, node.priority, node.pins
         self.queue.split(upper, node)
         parent.children[node.tokens[: self.page_bytes]] = upper
         node.parent, node.tokens, node.ids = upper, node.tokens[cut:], node.ids[page_count * ID_BYTES :]

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from kvmanager.errors import BadMessage
+from kvmanager.commands import TENANT_BYTES_MAX
+from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.events import encode_batch
+from kvmanager.pins import list_pins
 from kvmanager.snapshot import snapshot, tables_snapshot
 from kvmanager.state import State
 
@@ -35,6 +37,7 @@ def pool_stats(state: State) -> dict[str, Any]:
                 "quarantined": counts.quarantined,
                 "total": counts.total,
             },
+            "pinned": sum(pool.pinned.values()),
             "sequences": sum(sequence.pool == pool.index for sequence in state.sequences.values()),
             "workers": {str(each): state.workers[each].name for each in state.live_workers(pool.index)},
             "fenced": {str(each): state.workers[each].name for each in state.pool_workers[pool.index] if state.workers[each].fenced},
@@ -55,8 +58,20 @@ def _tables(state: State, message: Message, now_ms: int) -> dict[str, Any]:
     return {"tables": encode_batch(tables_snapshot(state))}
 
 
+def _pins(state: State, message: Message, now_ms: int) -> dict[str, Any]:
+    tenant = message.get("tenant")
+    if tenant is not None and not (isinstance(tenant, bytes) and len(tenant) <= TENANT_BYTES_MAX):
+        raise InvalidValue("pins.tenant", f"at most {TENANT_BYTES_MAX} bytes", type(tenant).__name__)
+    return {"pins": list_pins(state, tenant, now_ms)}
+
+
 # kind -> the function that reads its fields, checks them (InvalidValue naming the field) and answers
-QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {"stats": _stats, "snapshot": _snapshot, "tables": _tables}
+QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {
+    "stats": _stats,
+    "snapshot": _snapshot,
+    "tables": _tables,
+    "pins": _pins,
+}
 
 
 def is_query(message: Message) -> bool:

@@ -12,6 +12,7 @@ from kvmanager import events as ev
 from kvmanager import lives
 from kvmanager.apply import Restoring, apply
 from kvmanager.config import ManagerConfig
+from kvmanager.pins import pages_of
 from kvmanager.prefix import NO_PAGES, PAGE_ID, Node
 from kvmanager.state import State
 
@@ -130,7 +131,10 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
                 0,
             )
         )
-    events.append(ev.PolicyRestored(state.next_waiting))
+    for held in state.pins.values() if with_index else ():
+        deadlines = held.deadline_ms, held.deadline_version
+        events.append(ev.PinBegun(held.pin_id, held.client, held.pool, held.namespace, pages_of(held), held.session, *deadlines))
+    events.append(ev.PolicyRestored(state.next_waiting, state.next_pin))
     for client in state.clients.values():
         notices = msgpack.packb([list(notice) for notice in client.notices])
         events.append(ev.ClientRestored(client.client_id, client.number, client.version, client.reply, notices))

@@ -15,11 +15,11 @@ from kvmanager.config import ManagerConfig
 from kvmanager.errors import Fenced, Unknown
 from kvmanager.handoff import Handoff
 from kvmanager.pool import Pool
-from kvmanager.prefix import TOKEN_BYTES
+from kvmanager.prefix import TOKEN_BYTES, Node
 from kvmanager.queue_hint import Prompt
 from kvmanager.sequences import Sequence, Tables
 
-__all__ = ["Client", "Notice", "State", "Worker", "encode_namespace"]
+__all__ = ["Client", "Notice", "PinHeld", "State", "Worker", "encode_namespace", "tenant_of"]
 
 NEVER = 1 << 62  # a version that no step reaches: what a pool without workers has acknowledged
 
@@ -66,9 +66,31 @@ class Client:
     notices: list[Notice] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class PinHeld:
+    """A pinned prefix: the pages from the root of its namespace to `node`. A deadline of 0 is none."""
+
+    pin_id: int
+    client: int
+    pool: int
+    namespace: bytes
+    node: Node
+    session: bytes
+    deadline_ms: int
+    deadline_version: int
+
+    def expired(self, now_ms: int, version: int) -> bool:
+        return bool(self.deadline_ms and now_ms > self.deadline_ms) or bool(self.deadline_version and version >= self.deadline_version)
+
+
 def encode_namespace(tenant: bytes, extra: bytes) -> bytes:
     """Key of everything that may share pages: tenant salt and extra key (LoRA id, image hash). Injective: lengths lead."""
     return struct.pack("<HH", len(tenant), len(extra)) + tenant + extra
+
+
+def tenant_of(namespace: bytes) -> bytes:
+    """The tenant salt in a namespace."""
+    return namespace[4 : 4 + int.from_bytes(namespace[:2], "little")]
 
 
 class State:
@@ -93,6 +115,9 @@ class State:
         self.next_worker = 1
         self.next_handoff = 1
         self.next_waiting = 1
+        self.pins: dict[int, PinHeld] = {}
+        self.sessions: dict[tuple[bytes, bytes], dict[int, None]] = {}  # (tenant, session) -> pins
+        self.next_pin = 1
         self.past: dict[int, int] = {}  # earlier lives that this log continues, oldest first: epoch -> its last version
         self.begun = 0  # the first version of this life, if it continues another
 

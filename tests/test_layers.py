@@ -28,6 +28,7 @@ STATE_MACHINE = {
         "eviction",
         "queue_hint",
         "waiting",
+        "pins",
         "sequences",
         "handoff",
         "state",
