@@ -77,13 +77,13 @@ def _open_shared_map(name: str, num_bytes: int) -> mmap.mmap:
         os.close(fd)
 
 
-def _page_ids(field: str, ids: Sequence[int] | np.ndarray, num_pages: int) -> np.ndarray:
+def _page_ids(field: str, ids: Sequence[int] | np.ndarray, num_pages: int, low: int = 0) -> np.ndarray:
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise InvalidValue(field, "a list of page ids", f"{array.dtype} of shape {array.shape}")
     array = array.astype(np.int64)
-    if array.size and (array.min() < 0 or array.max() >= num_pages):
-        raise InvalidValue(field, f"page ids from 0 to {num_pages - 1}", int(array.min() if array.min() < 0 else array.max()))
+    if array.size and (array.min() < low or array.max() >= num_pages):
+        raise InvalidValue(field, f"page ids from {low} to {num_pages - 1}", int(array.min() if array.min() < low else array.max()))
     return array
 
 
@@ -170,6 +170,37 @@ class PageMemory:
             fetched = theirs.index_select(0, torch.from_numpy(src[part]).to(theirs.device)).to(self.device)
             ours.index_copy_(0, torch.from_numpy(dst[part]).to(self.device), fetched)
         torch.cuda.synchronize(self.device)
+
+    def copy_pages(
+        self, source_pages: Sequence[int] | np.ndarray, target_pages: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray
+    ) -> None:
+        """Copy the first tokens[i] slots, in all layers, of page source_pages[i] to target_pages[i]. -1 in either is padding.
+
+        Targets must be distinct, and no page a source as well: what `Replica.copies` asks for is so. On CUDA one launch in the current
+        stream, which nothing here waits for.
+        """
+        self._require_open()
+        sources = _page_ids("source_pages", source_pages, self.num_pages, low=-1)
+        targets = _page_ids("target_pages", target_pages, self.num_pages, low=-1)
+        counts = np.asarray(tokens)
+        if not len(sources) == len(targets) == len(counts):
+            raise InvalidValue("tokens", f"{len(sources)} sources, as many targets and token counts", f"{len(targets)}, {len(counts)}")
+        if len(counts) == 0:
+            return
+        if not np.issubdtype(counts.dtype, np.integer) or counts.min() < 0 or counts.max() > self.layout.page_size:
+            raise InvalidValue("tokens", f"ints from 0 to {self.layout.page_size}", f"{counts.dtype} from {counts.min()} to {counts.max()}")
+        written = targets[targets >= 0]
+        if len(np.unique(written)) != len(written) or np.isin(written, sources).any():
+            raise InvalidValue("target_pages", "distinct page ids, none of them a source", "some twice")
+        if self.device.type == "cpu":
+            for source, target, count in zip(sources.tolist(), targets.tolist(), counts.tolist(), strict=True):
+                if source >= 0 and target >= 0:
+                    self.pages[target, :, :count] = self.pages[source, :, :count]
+            return
+        from kvmanager.kernels.page_copy import copy_pages
+
+        rows = torch.from_numpy(np.stack([sources, targets, counts], axis=1).astype(np.int32))
+        copy_pages(self.pages, rows.pin_memory().to(self.device, non_blocking=True))
 
     def close(self) -> None:
         """Give the memory back. Peers that have it open keep their mapping of it; nobody new can open it. Safe to call twice."""

@@ -86,6 +86,7 @@ class Worker:
         while os.getppid() == parent:
             poller.poll(int(self.renew_s * 500))
             self.follower.poll(0)
+            self.copy()
             self.pull()
             for message in self.channel.receive():
                 if message["t"] == "stop":
@@ -96,6 +97,7 @@ class Worker:
                     self.dump(message["sequence"])
             while self.runs and self.run_next():
                 self.follower.poll(0)
+                self.copy()
                 self.pull()
             self.acknowledge()
 
@@ -149,6 +151,14 @@ class Worker:
             as_of=content.as_of,
         )
         self.acked_at = time.monotonic()
+
+    def copy(self) -> None:
+        """Make the copies that forked, truncated and partly cached sequences need, before anything else is run."""
+        while (copies := self.replica.copies()) is not None:
+            self.memory.copy_pages(copies.source_pages, copies.target_pages, copies.tokens)
+            if self.memory.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # what is acknowledged may be read by another process
+            self.replica.copied(copies.version)
 
     # --- pages ---------------------------------------------------------------------------------------------------------------
 

@@ -173,3 +173,37 @@ def test_unknown_device_and_closed_memory_are_refused() -> None:
     memory.close()
     with pytest.raises(WrongState):
         memory.export()
+
+
+def test_copy_takes_the_leading_slots_of_all_layers() -> None:
+    """What forked and truncated sequences ask for; everything else stays as it was, padding does nothing."""
+    memory = PageMemory(LAYOUT, 9)
+    memory.pages.copy_(torch.randn(memory.pages.shape))
+    want = memory.pages.clone()
+    want[4, :, :5] = want[0, :, :5]
+    want[5, :, :16] = want[0, :, :16]
+    memory.copy_pages([0, 0, 1, -1, 1], [4, 5, 6, 7, -1], [5, 16, 0, 3, 3])
+    assert torch.equal(memory.pages, want)
+    memory.copy_pages([], [], [])
+    memory.close()
+    with pytest.raises(WrongState):
+        memory.copy_pages([0], [1], [1])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "tokens"),
+    [
+        ([0], [9], [1]),
+        ([-2], [1], [1]),
+        ([0], [1], [17]),
+        ([0], [1], [-1]),
+        ([0, 1], [2, 2], [1, 1]),
+        ([0, 1], [1, 2], [1, 1]),
+        ([0], [1, 2], [1]),
+    ],
+)
+def test_copies_that_no_step_asks_for_are_refused(source: list[int], target: list[int], tokens: list[int]) -> None:
+    memory = PageMemory(LAYOUT, 9)
+    with pytest.raises(InvalidValue):
+        memory.copy_pages(source, target, tokens)
+    memory.close()
