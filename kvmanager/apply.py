@@ -11,8 +11,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from kvmanager import clients, lives
 from kvmanager import events as ev
-from kvmanager import lives
 from kvmanager.copies import apply_copied
 from kvmanager.errors import InvariantBroken
 from kvmanager.forks import apply_forked, leave_family
@@ -300,13 +300,14 @@ def _handoff_ended(state: State, event: ev.HandoffEnded) -> None:
 def _tell(state: State, client_id: int, notice: Notice) -> None:
     client = state.clients.get(client_id)
     if client is not None:
-        client.notices.append(notice)
+        clients.tell(client, notice)
 
 
 def _client_answered(state: State, event: ev.ClientAnswered) -> None:
     client = state.clients.pop(event.client, None) or Client(event.client)
     state.clients[event.client] = client  # last in the dict: the first is the one idle longest
     client.number, client.version, client.reply = event.number, state.version, event.reply
+    client.seen_ms = state.now_ms
     del client.notices[: event.notices]
 
 
@@ -442,7 +443,7 @@ def _policy_restored(state: State, event: ev.PolicyRestored, _: Restoring) -> No
 
 def _client_restored(state: State, event: ev.ClientRestored, _: Restoring) -> None:
     notices = [Notice(*row) for row in msgpack.unpackb(event.notices)]
-    state.clients[event.client] = Client(event.client, event.number, event.version, event.reply, notices)
+    state.clients[event.client] = Client(event.client, event.number, event.version, event.reply, notices, event.seen_ms)
 
 
 _APPLY: dict[type, Callable[[State, Any], None]] = {

@@ -70,6 +70,7 @@ class ManagerConfig:
     pin_percent, pin_percent_all   of a pool's pages that the pins of one tenant, and of all together, may hold
     message_bytes_max    one message on the wire
     lease_ms             a worker that does not acknowledge for this long is fenced
+    client_lease_ms      a client that sends no command for this long is taken for dead and its sequences are closed; 0: never
     heartbeat_ms         an idle publisher says where it stands this often
     log_bytes_max        end of the log that is kept in memory, for replicas that missed something
     inflight_wait_ms     a prompt waits for pages that another sequence computes while that puts a page into the index at least this
@@ -93,6 +94,7 @@ class ManagerConfig:
     pin_percent_all: int = 75
     message_bytes_max: int = 64 << 20
     lease_ms: int = 10_000
+    client_lease_ms: int = 0
     heartbeat_ms: int = 200
     log_bytes_max: int = 4 << 20
     inflight_wait_ms: int = 2_000
@@ -124,6 +126,7 @@ class ManagerConfig:
         check_int("pin_percent_all", self.pin_percent_all, 0, 100)
         check_int("message_bytes_max", self.message_bytes_max, 4096, 1 << 30)
         check_int("lease_ms", self.lease_ms, 10, 86_400_000)
+        check_int("client_lease_ms", self.client_lease_ms, 0, 86_400_000)
         check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)
         check_int("log_bytes_max", self.log_bytes_max, 0, 1 << 30)
         check_int("inflight_wait_ms", self.inflight_wait_ms, 0, 86_400_000)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
+from kvmanager import clients, lives, pins
 from kvmanager import events as ev
-from kvmanager import lives, pins
 from kvmanager.admission import admit, check_ready
 from kvmanager.commands import Ack, Command, Join, Step, Tick, WorkerGone
 from kvmanager.copies import decide_copies
@@ -71,8 +71,7 @@ def decide(state: State, command: Command, now_ms: int, client: int, number: int
         reply["notices"] = [list(notice) for notice in notices]
     reply["version"] = draft.version
     data = msgpack.packb(reply, use_bin_type=True)
-    if record is None and len(state.clients) >= state.config.clients_max:
-        draft.events.append(ev.ClientForgotten(next(iter(state.clients))))
+    clients.forget_for(draft, client)
     draft.events.append(ev.ClientAnswered(client, number, len(notices), data))
     return Decision(ev.EventBatch(state.epoch, draft.version, now_ms, draft.events), data)
 
@@ -144,6 +143,7 @@ def _tick(draft: Draft, command: Tick, now_ms: int, client: int) -> dict[str, An
             draft.fenced[worker.worker_id] = None
             draft.events.append(ev.WorkerFenced(worker.worker_id))
     pins.expire(draft, now_ms)
+    clients.expire(draft, now_ms, client, lambda sequence_id: _close(draft, sequence_id, 2))
     return {}
 
 
@@ -220,7 +220,7 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
     return reply
 
 
-def _close(draft: Draft, sequence_id: int) -> None:
+def _close(draft: Draft, sequence_id: int, reason: int = 0) -> None:
     if not draft.alive(sequence_id):
         raise Unknown("sequence", sequence_id)
     sequence = draft.state.sequences[sequence_id]
@@ -229,7 +229,7 @@ def _close(draft: Draft, sequence_id: int) -> None:
     draft.closed[sequence_id] = None
     draft.load_change[sequence.pool] = draft.load_change.get(sequence.pool, 0) - len(sequence.tokens) // TOKEN_BYTES
     draft.slots.push([slot_of(sequence_id)])
-    draft.events.append(ev.SequenceClosed(sequence_id, 0))
+    draft.events.append(ev.SequenceClosed(sequence_id, reason))
 
 
 def _append_tokens(draft: Draft, sequence_id: int, tokens: np.ndarray) -> None:

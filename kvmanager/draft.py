@@ -179,6 +179,7 @@ class Draft:
         self.acks: dict[int, int] = {}  # worker -> version
         self.dead: dict[int, None] = {}
         self.fenced: dict[int, None] = {}
+        self.forgotten: dict[int, None] = {}  # clients
         self.written: dict[int, dict[int, int]] = {}  # sequence -> worker -> tokens
         self.appended: dict[int, int] = {}  # sequence -> token ids that become known
         self.opened = 0

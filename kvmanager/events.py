@@ -130,7 +130,7 @@ class PagesPublished(NamedTuple):
 
 
 class SequenceClosed(NamedTuple):
-    """reason: 0 finished, 1 lost with its pool's memory."""
+    """reason: 0 finished, 1 lost with its pool's memory, 2 its owner's lease ended."""
 
     sequence: int
     reason: int
@@ -402,6 +402,7 @@ class ClientRestored(NamedTuple):
     version: int
     reply: bytes
     notices: bytes
+    seen_ms: int
 
 
 class EpochBegun(NamedTuple):

@@ -103,6 +103,8 @@ def epoch_begun(state: State, event: ev.EpochBegun) -> None:
     state.free_slots[:0] = range(event.slots - 1, have - 1, -1)
     for pool in state.pools:
         pool.hold_free(state.version)
+    for client in state.clients.values():
+        client.seen_ms = state.now_ms
     for worker in state.workers.values():
         worker.deadline_ms = state.now_ms + worker.lease_ms  # nobody could acknowledge while there was no manager
 

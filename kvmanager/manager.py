@@ -16,6 +16,7 @@ from typing import Any
 import msgpack
 
 from kvmanager.apply import apply
+from kvmanager.clients import EMBEDDED, is_overdue
 from kvmanager.commands import Ack, Command, Enqueue, Join, Open, Pin, Step, Tick, Tokens, WorkerGone
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide, stale_number
@@ -266,6 +267,10 @@ class Surface:
         """Give a handoff up; the sequence stays in its source pool. Raises Unknown if it is over."""
         return self._one("abort", Step(abort=[handoff]))["version"]
 
+    def touch(self) -> int:
+        """Say that this client is alive, if it has nothing else to say within `ManagerConfig.client_lease_ms`; gives the version."""
+        return self._run(Step())["version"]
+
     # --- for workers and whoever watches over them ---------------------------------------------------------------------------
 
     def join(self, name: str, pool: str, layout: str, *, memory: bytes = b"", lease_ms: int = 0) -> int:
@@ -340,7 +345,7 @@ class KVManager(Surface):
     Raises JournalCorrupt, JournalMismatch, JournalFailed; InvalidValue if another manager has the journal.
     """
 
-    CLIENT = 1  # the embedding program's own client id; those on the wire are random and larger
+    CLIENT = EMBEDDED  # the embedding program's own client id; those on the wire are random and larger
 
     def __init__(
         self,
@@ -435,6 +440,7 @@ class KVManager(Surface):
         if (
             any(not worker.fenced and now > worker.deadline_ms for worker in state.workers.values())
             or any(each.expired(now, state.version) for each in state.pins.values())
+            or is_overdue(state, now)
             or any(pool.quarantine and pool.oldest_quarantined() <= state.acked(pool.index) for pool in state.pools)
             or any(each.state is HandoffState.SEALED for each in state.handoffs.values())
             or any(each.state is HandoffState.ABORTED and each.version <= state.acked(each.target) for each in state.handoffs.values())

@@ -137,7 +137,7 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
     events.append(ev.PolicyRestored(state.next_waiting, state.next_pin))
     for client in state.clients.values():
         notices = msgpack.packb([list(notice) for notice in client.notices])
-        events.append(ev.ClientRestored(client.client_id, client.number, client.version, client.reply, notices))
+        events.append(ev.ClientRestored(client.client_id, client.number, client.version, client.reply, notices, client.seen_ms))
     events += lives.restore_events(state)
     events.append(
         ev.StateRestored(

@@ -28,7 +28,8 @@ class Notice(NamedTuple):
     """News for the client that owns a sequence; handed over with its next reply.
 
     kind: "lost" (the pool's memory is gone, open it again elsewhere), "resident" (decode it in the target pool now), "aborted"
-    (the handoff failed; the sequence is still in its source pool unless it was lost too).
+    (the handoff failed; the sequence is still in its source pool unless it was lost too), "dropped" (too many waited to be fetched: as
+    many as `handoff` says, the oldest, are gone).
     reason: for people; of "resident" the target pool's name. code: for programs, "" for resident, else "lost", "closed", "asked" (to
     abort), or the code of an error: "sequence_too_large" says that trying again would not help.
     """
@@ -64,6 +65,7 @@ class Client:
     version: int = 0
     reply: bytes = b""
     notices: list[Notice] = field(default_factory=list)
+    seen_ms: int = 0  # when its last command came
 
 
 @dataclass(slots=True)

@@ -38,6 +38,7 @@ STATE_MACHINE = {
         "snapshot",
         "invariants",
         "lives",
+        "clients",
         "queries",
         "admission",
         "placement",
