@@ -25,6 +25,7 @@ from kvmanager.journal import FSYNC, Journal
 from kvmanager.manager import KVManager
 from kvmanager.replay.command import replay
 from kvmanager.server import Server
+from kvmanager.simulator.command import simulate
 
 __all__ = ["default_address", "load_config", "main"]
 
@@ -179,6 +180,7 @@ def demo(ctx: click.Context) -> None:
 
 main.add_command(replay)
 main.add_command(inspect)
+main.add_command(simulate)
 
 
 if __name__ == "__main__":

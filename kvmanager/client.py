@@ -9,8 +9,8 @@ from typing import Any, Self
 import zmq
 
 from kvmanager import wire
-from kvmanager.commands import Command, command_to_wire
-from kvmanager.errors import BadMessage, InvalidValue, KVError, ManagerUnreachable
+from kvmanager.commands import Command, Step, command_to_wire
+from kvmanager.errors import BadMessage, InvalidValue, KVError, ManagerUnreachable, StaleEpoch
 from kvmanager.manager import Surface
 
 __all__ = ["KVClient"]
@@ -34,6 +34,7 @@ class KVClient(Surface):
         self.resend_ms = resend_ms
         self.client_id = secrets.randbits(62) + 2  # 1 is the embedding program's
         self._number = 0
+        self._seen = 0  # version of the newest reply
         self._context = zmq.Context()
         self._message_bytes_max = message_bytes_max
         self._socket = self._connect()
@@ -67,7 +68,16 @@ class KVClient(Surface):
         return self._ask({"t": "hello"})
 
     def _execute(self, command: Command) -> dict[str, Any]:
-        return self._ask(command_to_wire(command))
+        body = command_to_wire(command)
+        if isinstance(command, Step) and self._seen:
+            body["seen"] = self._seen
+        try:
+            reply = self._ask(body)
+        except StaleEpoch:
+            self._seen = 0  # told once; what is asked from now on is asked by somebody who knows
+            raise
+        self._seen = max(self._seen, reply["version"])
+        return reply
 
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """Send until a reply to this very request comes. Raises the error it carries, or ManagerUnreachable."""

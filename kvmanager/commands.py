@@ -255,6 +255,7 @@ class Step:
                  and token ids known beyond them are forgotten
     fork         (sequence id, children) pairs, int64 [n, 2], or sequence ids for one child each: the children begin as the sequence was
                  before this step's growth
+    seen         version of the newest reply that the sender acts on: StaleEpoch if it was lost with its host; 0 is not checked
 
     Running sequences come before new ones: if pages run out, opens are refused first. An item that cannot be done is listed in the
     reply and harms no other; a value that is malformed rejects the whole step and changes nothing.
@@ -274,8 +275,10 @@ class Step:
     pin: Any = ()
     unpin: Any = ()
     release: Any = ()
+    seen: int = 0
 
     def __post_init__(self) -> None:
+        check_int("step.seen", self.seen, 0, INT64_MAX)
         opens = _check_list("step.opens", self.opens)
         for item in opens:
             if not isinstance(item, Open):
@@ -437,6 +440,8 @@ def command_to_wire(command: Command) -> dict[str, Any]:
         wire[name] = _plain(value)
     if isinstance(command, Step) and len(command.grow_counts) and (command.grow_counts == 1).all():
         del wire["grow_counts"]  # the steady decode step
+    if isinstance(command, Step) and not command.seen:
+        del wire["seen"]
     return wire
 
 

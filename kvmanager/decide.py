@@ -61,6 +61,7 @@ def decide(state: State, command: Command, now_ms: int, client: int, number: int
         raise stale_number(record.number, number)
     draft = Draft(state)
     if isinstance(command, Step):
+        lives.check_seen(state, command.seen)
         _settle_pages(draft)  # before the step takes pages: what it evicts must not be what is being published
     reply = _DECIDERS[type(command)](draft, command, max(now_ms, state.now_ms), client)
     if not isinstance(command, Step):

@@ -201,7 +201,9 @@ class Draft:
     def pool(self, index: int) -> PoolDraft:
         found = self._pools.get(index)
         if found is None:
-            found = self._pools[index] = PoolDraft(self.state.pools[index], self.acked(index), self.events)
+            # Until every worker has acknowledged this life, one may be writing what a lost end of the log gave it: nothing is evicted.
+            acked = self.acked(index)
+            found = self._pools[index] = PoolDraft(self.state.pools[index], acked if acked >= self.state.begun else -1, self.events)
         return found
 
     def acked(self, pool: int) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "begin_life",
     "check_ack",
     "check_epoch",
+    "check_seen",
     "first_version",
     "follows",
     "in_log",
@@ -151,14 +152,25 @@ def check_epoch(state: State, epoch: int) -> None:
         raise StaleEpoch(f"expected epoch {state.epoch} or one that it continues, got {epoch}", epoch=state.epoch)
 
 
+def was_lost(state: State, version: int) -> bool:
+    """Whether the version belongs to the end of an earlier life that was lost with its host: no version of this log."""
+    return version < state.begun and any(last < version < first_version(last) for last in state.past.values())
+
+
+def check_seen(state: State, version: int) -> None:
+    """Raises StaleEpoch if a scheduler acts on a reply that is no part of this log: what it was told then did not happen."""
+    if version > state.version or was_lost(state, version):
+        raise StaleEpoch(
+            f"step.seen: expected a version of the log of epoch {state.epoch}, got {version}: the manager came back without it",
+            epoch=state.epoch,
+        )
+
+
 def check_ack(state: State, epoch: int, version: int) -> None:
     """Raises StaleEpoch if whoever finished `version` in the life `epoch` has seen what this log does not hold."""
     check_epoch(state, epoch)
     known = in_log(state, epoch, version) if epoch not in (0, state.epoch) else True
-    if known and state.past and version < state.begun:
-        # The end of an earlier life may have been lost with its host: such a version is no version of this log.
-        known = not any(last < version < first_version(last) for last in state.past.values())
-    if not known:
+    if not known or was_lost(state, version):
         raise StaleEpoch(
             f"expected a version of the log of epoch {state.epoch}, got {version} of epoch {epoch or 'unknown'}", epoch=state.epoch
         )

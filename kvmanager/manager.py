@@ -145,6 +145,8 @@ class Surface:
         """One scheduler step for the whole batch; see `commands.Step` for each argument and their order.
 
         Raises InvalidValue if any value is malformed; nothing has changed then. Items that cannot be done are in `.refused`.
+        Raises StaleEpoch, once, if the manager's host was lost and with it something that a reply has told: sequences may be shorter
+        than they were, or gone, or open again. Nothing has changed then; close what cannot be told apart, and go on.
         """
         command = Step(
             opens=tuple(opens),

@@ -154,8 +154,10 @@ class Pool:
             self.quarantined += len(pages)
 
     def hold_free(self, version: int) -> None:
-        """Quarantine everything that is free."""
-        self.put_in_quarantine(version, self.free.array())
+        """Quarantine everything that is free, and what is in quarantine for as long: by a lost end of the log it may have been handed out."""
+        held = [*(entry.pages for entry in self.quarantine.values()), self.free.array()]
+        self.quarantine, self.quarantined = {}, 0
+        self.put_in_quarantine(version, np.concatenate(held))
         self.free.drop(len(self.free))
 
     def release(self, serial: int) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from kvmanager import wire
 from kvmanager.commands import Ack, Join, command_to_wire
-from kvmanager.errors import Fenced, KVError, ReplicaGap, StaleStep
+from kvmanager.errors import Fenced, JournalFailed, KVError, ReplicaGap, StaleEpoch, StaleStep
+from kvmanager.lives import first_version
 from kvmanager.replica import AckContent, Pull, Replica
 from kvmanager.simulator.books import Broken, Chore, Work, Worker, demand
 from kvmanager.simulator.caller import Caller
@@ -41,12 +42,13 @@ class Body:
         self.joined: Worker | None = None  # as the books have it; None until the manager has answered
         self.loaded = False
         self.digest_at: Callable[[int, int], bytes | None] = lambda epoch, version: None
-        self._asked_tables = False
+        self._catching_up = False
         self._inbox: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # what waits for a process that is stopped or in a step
         self._frozen: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # what it would have gone on with
         self._orders: dict[int, list[int]] = {}
         self._running = 0  # the step in progress
         self._waiting_for = self._waiting_since = 0  # a step that waits for its order, and since when
+        self._lives = 0  # of the manager's, that the replica has followed
         self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
         self._copies: dict[int, Pull] = {}
         self._acking = False
@@ -105,13 +107,14 @@ class Body:
 
     def _chores(self) -> None:
         """Every now and then: what is due without a message."""
-        if self.joined is not None and not self._busy():
+        if not self.alive:
+            return
+        if self.joined is not None and not self._busy() and not self.replica.stranded:
             if self.replica.step and self.world.now_us - self._waiting_since > PATIENCE_US:
                 self._skip(self.replica.step)
             if self.world.now_us - self._acked_at > RENEW_US and not self._acking:
                 self._send_ack(self.replica.renewal())
-        if self.alive:
-            self.world.after(CHORE_US, self._chores)
+        self.world.after(CHORE_US, self._chores)
 
     # --- joining and following ---
 
@@ -124,12 +127,39 @@ class Body:
             self.caller.ask({"t": "hello"}, lambda reply: self.receive(answered, reply))
 
     def _synchronise(self) -> None:
-        if not self._asked_tables:
-            self._asked_tables = True
-            self.caller.ask({"t": "tables"}, lambda reply: self.receive(self._load, reply))
+        """Something is missing: ask for the batches, or for a snapshot if they are gone or the tables differ."""
+        if not self._catching_up:
+            self._catching_up = True
+            self._ask_missing()
+
+    def _ask_missing(self) -> None:
+        replica = self.replica
+        if not replica.epoch or replica.differs:
+            self._ask_tables()
+        else:
+            body = {"t": "batches", "epoch": replica.epoch, "version": replica.known}
+            self.caller.ask(body, lambda reply: self.receive(self._take_missing, reply))
+
+    def _take_missing(self, reply: dict[str, Any] | KVError) -> None:
+        try:
+            if isinstance(reply, KVError):
+                raise reply
+            for data in reply["batches"]:
+                self.replica.feed(data)
+        except (ReplicaGap, StaleEpoch):
+            self._ask_tables()
+            return
+        if reply["batches"]:
+            self._ask_missing()
+        else:
+            self._catching_up = False
+        self._look()
+
+    def _ask_tables(self) -> None:
+        self.caller.ask({"t": "tables"}, lambda reply: self.receive(self._load, reply))
 
     def _load(self, reply: dict[str, Any] | KVError) -> None:
-        self._asked_tables = False
+        self._catching_up = False
         if isinstance(reply, KVError):
             raise Broken(f"{self.name}: tables refused: {reply}")
         self.replica.load(reply["tables"])
@@ -167,8 +197,8 @@ class Body:
         if not self.loaded:
             self._synchronise()
             return
-        if self._asked_tables:
-            return  # the snapshot under way will be newer, or show the gap again
+        if self._catching_up:
+            return  # what has been asked for will be newer, or show the gap again
         try:
             if topic == wire.BATCH_TOPIC:
                 self.replica.feed(data)
@@ -185,9 +215,17 @@ class Body:
         digest = self.digest_at(self.replica.epoch, self.replica.version)
         if digest is not None and digest != self.replica.tables.digest():
             raise Broken(f"{self.name}: tables at version {self.replica.version} differ from the manager's")
+        if self.replica.stranded:
+            self.kill()  # it drains and ends: nobody knows what is in its pages
+            return
+        if self.joined is not None and self._lives != len(self.replica.past):
+            self._lives = len(self.replica.past)
+            self._forget_lost()
         self._see_to_copies()
         if self.joined is None or self._busy():
             return
+        if self.model.workers.get(self.joined.worker) is not self.joined:
+            return  # its joining was lost with the end of the log: the next acknowledgement will tell
         if self.replica.step and self._waiting_for != self.replica.step:
             self._waiting_for, self._waiting_since = self.replica.step, self.world.now_us
         if self.replica.step in self._orders:
@@ -197,6 +235,17 @@ class Body:
             content = self.replica.ack()
             if content is not None:
                 self._send_ack(content)
+
+    def _forget_lost(self) -> None:
+        """What was to do at versions that it never heard of, because they were lost before they reached it."""
+        lasts = list(self.replica.past.values())
+
+        def lost(version: int) -> bool:
+            return any(last < version < first_version(last) for last in lasts)
+
+        if self.joined is not None and lasts:
+            self.joined.works[:] = [work for work in self.joined.works if not lost(work.version)]
+            self.joined.chores[:] = [chore for chore in self.joined.chores if not lost(chore.version)]
 
     # --- copies within the pool ---
 
@@ -241,7 +290,7 @@ class Body:
             return
         try:
             self.replica.ready(version)
-        except StaleStep:
+        except (StaleStep, StaleEpoch):
             return
         self._orders[version] = sequences
         self._look()
@@ -335,12 +384,16 @@ class Body:
     def _send_ack(self, content: AckContent) -> None:
         assert self.joined is not None
         self._acking, self._acked_at = True, self.world.now_us
-        command = Ack(self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of)
-        self.caller.ask(command_to_wire(command), lambda reply: self.receive(self._ack_answered, reply))
+        ack = Ack(self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of)
+        command = command_to_wire(ack)
+        self.caller.ask(command, lambda reply: self.receive(self._ack_answered, command, reply))
 
-    def _ack_answered(self, reply: dict[str, Any] | KVError) -> None:
+    def _ack_answered(self, command: dict[str, Any], reply: dict[str, Any] | KVError) -> None:
+        if isinstance(reply, JournalFailed):  # later, then: what it says has been taken note of here
+            self._later(20_000, self.caller.ask, command, lambda reply: self.receive(self._ack_answered, command, reply))
+            return
         self._acking = False
-        if isinstance(reply, Fenced):
+        if isinstance(reply, (Fenced, StaleEpoch)):
             self.kill()  # it ends itself; whoever watches over it says so
             return
         demand(not isinstance(reply, KVError), f"acknowledgement of {self.name} refused: {reply}")

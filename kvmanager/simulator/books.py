@@ -94,6 +94,9 @@ class Pull:
     aborted_at: int = 0
     reported: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "source": None}
+
 
 @dataclass
 class Worker:
@@ -107,6 +110,10 @@ class Worker:
     chores: list[Chore] = field(default_factory=list)
     pulls: dict[int, Pull] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)  # sequence -> tokens written
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the log says of it; memory and work in flight are the process's and know no way back."""
+        return {**self.__dict__, "memory": None, "works": [], "chores": []}
 
     def may_ack(self, newest: int) -> int:
         """The newest version that this worker can truthfully acknowledge."""

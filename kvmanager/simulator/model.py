@@ -5,19 +5,24 @@ What each event does to the books is in `operations`, beside how its command is 
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from kvmanager import events as ev
 from kvmanager.config import ManagerConfig
+from kvmanager.simulator import books
 from kvmanager.simulator.books import PAGE, Broken, Chore, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
 from kvmanager.simulator.registry import FOLLOWERS
 from kvmanager.state import State
 
 __all__ = ["Model"]
+
+_KEPT = ("config", "stamps", "memories", "seen", "replaying")
 
 
 class Model:
@@ -35,6 +40,8 @@ class Model:
         self.notices: dict[int, list[tuple[str, int, int]]] = {}
         self.seen: Counter[str] = Counter()
         self.version = 1
+        self.begun = 0  # the version that began this life of the manager, if it is not the first
+        self.replaying = False  # following again what was followed before: what workers do about it they have done
 
     # --- questions ---
 
@@ -74,7 +81,11 @@ class Model:
 
     def check_content(self, pool: int, pages: list[int], stamps: list[int], what: str) -> None:
         """Every live worker of the pool holds exactly these stamps in these pages."""
+        if self.replaying:
+            return
         for worker in self.crew(pool):
+            if worker.acked < self.begun:
+                continue  # it may have followed an end of the log that was lost, and ends once it hears of it
             for place, page in enumerate(pages):
                 expected = stamps[place * PAGE : (place + 1) * PAGE]
                 got = worker.memory[page, : len(expected)].tolist()
@@ -93,6 +104,8 @@ class Model:
             self.check_drained(pool, page, what)
 
     def check_drained(self, pool: int, page: int, what: str) -> None:
+        if self.replaying:
+            return
         freed = self.dropped[pool].get(page, 0)
         for worker in self.crew(pool, fenced=True):
             demand(worker.acked >= freed, f"{what}: page {page} freed in {freed}, {worker.name} acknowledged {worker.acked}")
@@ -138,13 +151,50 @@ class Model:
             if chore.stamps:
                 chore.source, count = turn.copies.pop((pool, chore.target), (-1, 0))
                 demand(count == len(chore.stamps), f"page {chore.target} of pool {pool}: {count} copied slots, not {len(chore.stamps)}")
-            for worker in self.crew(pool):
+            for worker in self.crew(pool) if not self.replaying else ():
                 worker.chores.append(replace(chore))
         demand(not turn.copies, f"copied for nobody: {turn.copies}")
-        for sequence, start in turn.starts.items():
+        for sequence, start in turn.starts.items() if not self.replaying else ():
             text = self.texts[sequence]
             for worker in self.crew(text.pool):
                 worker.works.append(Work(self.version, sequence, start, text.length, list(text.pages), text.stamps))
+
+    # --- going back: a host is lost, and with it the end of the log ---
+
+    def checkpoint(self) -> bytes:
+        """The books as they are. Stamps, memories and counts of what was seen only grow and stay."""
+        return pickle.dumps({name: value for name, value in self.__dict__.items() if name not in _KEPT})
+
+    def go_back(self, checkpoint: bytes, follow: Callable[[], None]) -> None:
+        """To a checkpoint and, by `follow`, to a later version. What workers have in flight is theirs and stays."""
+        before = self.workers
+        self.__dict__.update(pickle.loads(checkpoint))
+        self.replaying = books.SHUT = True  # memories have gone on, so there is nothing to compare with
+        try:
+            follow()
+        finally:
+            self.replaying = books.SHUT = False
+        for number, worker in list(self.workers.items()):
+            now = before.get(number)
+            if now is not None:
+                now.acked, now.fenced = worker.acked, worker.fenced
+                self.workers[number] = now
+            else:
+                worker.memory = self.memory(worker.pool, worker.name)
+                worker.works.clear()
+                worker.pulls.clear()
+
+    def begin_life(self, version: int) -> None:
+        """The manager came back: pages that nobody has are held until every worker has heard of it, and so are pulls that are no more."""
+        self.version = self.begun = version
+        for number, pool in enumerate(self.config.pools):
+            owners, indexed = self.owners(number), {page for page, _ in self.index[number].values()}
+            self.dropped[number].update((page, version) for page in range(pool.num_pages) if not owners[page] and page not in indexed)
+        for worker in self.workers.values():
+            for pull in worker.pulls.values():
+                move = self.moves.get(pull.handoff)
+                if not pull.aborted_at and (move is None or move.state != "moving"):
+                    pull.aborted_at = version
 
     # --- comparison with the manager ---
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmanager.commands import Command, Step, command_to_wire
-from kvmanager.errors import KVError
+from kvmanager.errors import KVError, StaleEpoch
 from kvmanager.simulator.books import PAGE, Move, Text
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.model import Model
@@ -65,6 +65,7 @@ class Seat:
         self.documents: list[list[int]] = of_the_day["documents"]
         self.last_grow: tuple[list[int], list[int]] = ([], [])
         self.healing = False
+        self.seen = 0
         self._order = order
         self._weights = [30.0, *(self.drawn(f"rate of {each.name}", *each.rates) for each in self._actions())]
         self._think()
@@ -104,10 +105,16 @@ class Seat:
 
     def send(self, command: Command, client: int = 0) -> None:
         """Ask, and go on when the reply has come."""
-        self.caller.ask(command_to_wire(command), self._answered)
+        body = command_to_wire(command)
+        if isinstance(command, Step) and self.seen:
+            body["seen"] = self.seen
+        self.caller.ask(body, self._answered)
 
     def _answered(self, reply: dict[str, Any] | KVError) -> None:
+        if isinstance(reply, StaleEpoch):
+            self.seen = 0
         if not isinstance(reply, KVError):
+            self.seen = max(self.seen, reply["version"])
             self._order(reply["version"], self.caller.name)
         self._think()
 

@@ -8,10 +8,11 @@ at rest        every sequence has ended, every page is free or cached, every rep
 from __future__ import annotations
 
 import random
+from collections import Counter
 from functools import partial
 from typing import Any
 
-from kvmanager.commands import Command, WorkerGone, command_to_wire
+from kvmanager.commands import WorkerGone, command_to_wire
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import KVError
 from kvmanager.events import EventBatch, WorkerJoined
@@ -27,7 +28,7 @@ from kvmanager.simulator.watch import Watch
 from kvmanager.simulator.world import Network, World
 from kvmanager.snapshot import state_digest
 
-__all__ = ["System", "simulate"]
+__all__ = ["System"]
 
 LEASE_MS = 1000
 LIFE_US = 10_000  # how often fate looks at each process
@@ -45,11 +46,11 @@ class System:
         self.config = draw_config(rng)
         self.model = Model(self.config)
         self.watch = Watch(self.model)
-        self.host = Host(self.world, self.network, self.config, self._saw)
-        self.watch.attach(self.host.manager)
+        self.host = Host(self.world, self.network, self.config, self.watch, self._saw)
         self.bodies: dict[tuple[int, int], Body] = {}  # by pool and rank
         self.by_client: dict[int, Body] = {}
         self.by_worker: dict[int, Body] = {}
+        self.epochs: dict[int, int] = {}  # worker -> the manager's life in which it joined
         self.next_client = 100
         self.supervisor = Caller(self.world, self.network, SUPERVISOR, "supervisor", self.host.serve)
         self.of_the_day: dict[str, Any] = {"documents": draw_documents(rng)}
@@ -96,11 +97,11 @@ class System:
                 for _ in range(2):
                     self.network.send(link, body.caller.name, body.order, version, pools[pool])
 
-    def _saw(self, batch: EventBatch, data: bytes, command: Command, client: int) -> None:
-        self.watch.saw(batch, data, command, client)
+    def _saw(self, batch: EventBatch, client: int) -> None:
         for event in batch.events:
             if isinstance(event, WorkerJoined):
                 self.by_worker[event.worker] = self.by_client[client]
+                self.epochs[event.worker] = batch.epoch
 
     # --- fate, and who watches over the processes ---
 
@@ -131,7 +132,9 @@ class System:
                 body.kill()
             if not body.alive and worker.worker not in self._reporting:
                 self._reporting[worker.worker] = None
-                self.supervisor.ask(command_to_wire(WorkerGone(worker.worker)), partial(self._reported, worker.worker))
+                self.supervisor.ask(
+                    command_to_wire(WorkerGone(worker.worker, self.epochs[worker.worker])), partial(self._reported, worker.worker)
+                )
         for (pool, rank), body in list(self.bodies.items()):
             if not body.alive and self.rng.random() < 0.5:
                 self._start_body(pool, rank)
@@ -143,6 +146,7 @@ class System:
     # --- a run ---
 
     def run(self, steps: int) -> None:
+        """The faulty phase, until so many commands have been executed."""
         self.world.run(lambda: self.watch.commands >= steps, until_us=1 << 62)
 
     def heal(self) -> None:
@@ -158,6 +162,8 @@ class System:
 
     def unrest(self) -> str:
         """What is still going on, in words; empty at rest."""
+        if self.host.manager is None:
+            return "the manager is down"
         state = self.host.manager.state
         if state.sequences:
             return f"open sequences {list(state.sequences)[:8]}"
@@ -179,8 +185,19 @@ class System:
     def at_rest(self) -> bool:
         return not self.unrest()
 
+    def seen(self) -> Counter[str]:
+        """What has happened, by name: events, faults, refusals."""
+        return (
+            self.model.seen + self.network.seen + self.host.seen + Counter(killed_workers=self.deaths, rolled_back=self.watch.rolled_back)
+        )
+
+    def journal_files(self) -> dict[str, bytes]:
+        return self.host.journal_files()
+
     def digest(self) -> str:
-        """Of everything that was published and of the state it led to."""
+        """Of everything that was decided and of the state it led to."""
+        if self.host.manager is None:
+            raise Broken("no manager to take a digest of")
         history = self.watch.history.copy()
         history.update(state_digest(self.host.manager.state).encode())
         return history.hexdigest()
@@ -195,15 +212,3 @@ def draw_config(rng: random.Random) -> ManagerConfig:
     return ManagerConfig(
         pools=pools, sequences_max=rng.choice((5, 8, 12, 24)), handoffs_max=rng.choice((2, 6)), clients_max=64, lease_ms=LEASE_MS
     )
-
-
-def simulate(seed: int, steps: int, faults: tuple[str, ...] = tuple(FAULTS)) -> System:
-    """A whole run. An error names the seed and the step that found it."""
-    system = System(seed, faults)
-    try:
-        system.run(steps)
-        system.heal()
-    except Exception as error:
-        error.add_note(f"seed {seed}, step {system.watch.commands} of {steps}, {system.world.now_us / 1e6:.3f} s")
-        raise
-    return system

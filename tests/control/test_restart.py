@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kvmanager.client import KVClient
 from kvmanager.commands import Ack, Open, Step
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import Fenced, JournalMismatch, OutOfPages, ReplicaGap, StaleEpoch
@@ -16,6 +18,7 @@ from kvmanager.files import MemoryFiles
 from kvmanager.lives import LIVES_MAX
 from kvmanager.manager import KVManager
 from kvmanager.replica import Replica
+from kvmanager.server import Server
 from kvmanager.snapshot import load_snapshot, snapshot, state_digest
 from tests.control.journaled import CONFIG, Life, reborn
 
@@ -120,6 +123,63 @@ def test_free_pages_are_held_until_every_worker_has_acknowledged_the_new_life() 
     joined = again.kv.join("main1", "main", "bf16")
     assert joined > workers[1] + 1_000_000, "an id that a lost end of the log may have given is not given again"
     assert again.kv.open(PROMPT, "main", chunk=40).length == 40
+
+
+def test_pages_in_quarantine_and_cached_ones_are_held_as_free_ones_are() -> None:
+    """The simulator's find: a lost end of the log may have released or evicted them, and told a worker to write into them. An old
+    acknowledgement, true as it is, must not let them go."""
+    config = ManagerConfig((PoolConfig("main", 8, 16),))
+    life = Life(MemoryFiles(), config=config)
+    worker = life.kv.join("main0", "main", "bf16")
+    cached = written(life, tokens=PROMPT + 100)
+    life.kv.close(cached)
+    life.acknowledge()
+    freed = life.kv.open(PROMPT, "main", chunk=40).sequence
+    life.kv.close(freed)
+    again = Life(life.files.killed(), config=config)
+    again.kv.ack(worker, life.kv.state.version, epoch=1)
+    with pytest.raises(OutOfPages, match=r"got 0 \(free"):
+        again.kv.open(PROMPT, "main", chunk=1)
+    again.kv.ack(worker, again.kv.state.version, epoch=2)
+    assert again.kv.open(np.arange(128, dtype=np.int32), "main", chunk=128).length == 128
+
+
+def test_a_scheduler_that_was_told_something_that_is_lost_hears_of_it_once() -> None:
+    """The simulator's find: token ids were appended behind others that the manager had lost, so that pages were shared under ids that
+    they do not hold. A step says what its sender has seen; the manager refuses it if that did not happen."""
+    life = begun()
+    sequence = written(life)
+    life.journal.sync()
+    known = life.kv.state.version
+    life.kv.append_tokens(sequence, [7, 8, 9])
+    again = Life(life.files.lost())
+    digest = state_digest(again.kv.state)
+    for seen in (known + 1, again.kv.state.version + 1):
+        with pytest.raises(StaleEpoch, match=rf"step\.seen: .* got {seen}"):
+            again.kv.execute(Step(tokens=((sequence, [10]),), seen=seen), 5, seen)
+    assert state_digest(again.kv.state) == digest
+    for number, seen in enumerate((0, known, again.kv.state.version), 1 << 40):
+        again.kv.execute(Step(tokens=((sequence, [10]),), seen=seen), 5, number)
+
+
+def test_a_client_says_what_it_has_seen_and_is_told_once(tmp_path: Path) -> None:
+    """After StaleEpoch it goes on, as somebody who knows."""
+    lives = [begun()]
+    lives[0].journal.sync()
+
+    def serve(life: Life) -> Server:
+        return Server(life.kv, address=f"ipc://{tmp_path}/req", publish=f"ipc://{tmp_path}/pub").start()
+
+    server = serve(lives[0])
+    with KVClient(server.address, timeout_ms=10_000, resend_ms=200) as client:
+        client.open(PROMPT, "main", chunk=8)
+        server.close()
+        server = serve(Life(lives[0].files.lost()))
+        with pytest.raises(StaleEpoch, match=r"step\.seen"):
+            client.step()
+        client.step()
+        client.step()
+    server.close()
 
 
 def test_a_worker_that_acted_on_a_lost_version_is_refused() -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from kvmanager.simulator.system import simulate
+from kvmanager.simulator.hunt import live
 
 STEPS = 1500
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_seed_lives_through_its_faults_and_comes_to_rest(seed: int) -> None:
-    simulate(seed, STEPS)
+    outcome = live(seed, STEPS)
+    assert not outcome.error, outcome.trace
 
 
-def test_without_faults_nothing_is_ever_refused_for_good() -> None:
-    system = simulate(3, STEPS, faults=())
-    assert system.watch.commands >= STEPS
-    assert not system.model.seen["WorkerFenced"]
+def test_without_faults_nobody_is_fenced() -> None:
+    outcome = live(3, STEPS, faults=())
+    assert not outcome.error, outcome.trace
+    assert outcome.steps >= STEPS and not outcome.seen["WorkerFenced"]
