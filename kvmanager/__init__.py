@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvmanager.config import ManagerConfig, PoolConfig
     from kvmanager.follower import Follower
     from kvmanager.manager import KVManager, Opened, Pinned, Refused, StepReply
+    from kvmanager.preview import DryRun
     from kvmanager.replica import Pull, Replica
     from kvmanager.server import Server
     from kvmanager.state import Notice
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchTables",
+    "DryRun",
     "Enqueue",
     "Follower",
     "KVClient",
@@ -45,6 +47,7 @@ __all__ = [
 
 _HOME = {
     "BatchTables": "tables",
+    "DryRun": "preview",
     "Enqueue": "commands",
     "Follower": "follower",
     "KVClient": "client",

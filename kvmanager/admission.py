@@ -32,6 +32,7 @@ def admit(draft: Draft, command: Open, client: int, now_ms: int) -> list[Any]:
     next page is being computed in the pool that it would go to is refused with PrefixPending, and takes nothing.
     """
     state = draft.state
+    draft.examined.append(None)
     count = len(command.tokens)
     if count > state.config.sequence_tokens_max:
         raise InvalidValue("open.tokens", f"at most {state.config.sequence_tokens_max} tokens", count)
@@ -40,7 +41,7 @@ def admit(draft: Draft, command: Open, client: int, now_ms: int) -> list[Any]:
         raise TooMany("sequences", state.config.sequences_max)
     namespace, data = encode_namespace(command.tenant, command.extra), command.tokens.tobytes()
     looks = in_order(draft, [look(draft, pool, namespace, data, command, now_ms) for pool in pools])
-    chosen = _choose(draft, command, looks)
+    chosen = draft.examined[-1] = _choose(draft, command, looks)
     if chosen.computing:
         raise PrefixPending(chosen.pool.name, chosen.computing, chosen.expected)
     sequence_id = (state.next_generation + draft.opened) << SLOT_BITS | draft.slots.pop(1)[0]
@@ -90,7 +91,7 @@ def _choose(draft: Draft, command: Open, looks: list[Look]) -> Look:
         wanted = pages_wanted(item, min(item.cached + command.chunk, count))
         if item.computing or _room(draft, item, wanted) >= wanted:
             return item
-    best = looks[0]
+    best = draft.examined[-1] = looks[0]
     wanted = pages_wanted(best, min(best.cached + command.chunk, count))
     raise OutOfPages(best.pool.name, wanted, _room(draft, best, wanted), best.pool.quarantined)
 

@@ -121,6 +121,7 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     # What the index holds has been written by every worker of the pool: that is how it came in.
     sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
     state.sequences[event.sequence] = sequence
+    pool.arrivals.add(event.sequence, event.priority)
     pool.load += len(event.tokens)
     _note_place(state, sequence)
 
@@ -162,6 +163,7 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     pool.publishable.pop(event.sequence, None)
     pool.inflight.forget(event.sequence)
     leave_family(state, sequence)
+    pool.arrivals.remove(event.sequence, sequence.priority)
     state.tables.close(event.sequence)
     state.free_slots.append(slot_of(event.sequence))
     if event.reason == 1:
@@ -260,6 +262,8 @@ def _handoff_resident(state: State, event: ev.HandoffResident) -> None:
     source.inflight.forget(sequence.sequence_id)
     leave_family(state, sequence)
     sequence.cuts = []  # what the source's workers say counts no longer
+    source.arrivals.remove(sequence.sequence_id, sequence.priority)
+    target.arrivals.add(sequence.sequence_id, sequence.priority)
     source.load -= len(sequence.tokens) // TOKEN_BYTES
     target.load += len(sequence.tokens) // TOKEN_BYTES
     state.tables.place(sequence.sequence_id, handoff.target, handoff.length, np.array(handoff.target_pages, np.int32))
@@ -392,6 +396,11 @@ def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Rest
     pool.load += len(event.tokens) // TOKEN_BYTES
 
 
+def _arrivals_restored(state: State, event: ev.ArrivalsRestored, _: Restoring) -> None:
+    for sequence_id in event.sequences.tolist():
+        state.pools[event.pool].arrivals.add(sequence_id, state.sequences[sequence_id].priority)
+
+
 def _in_flight_restored(state: State, event: ev.InFlightRestored, _: Restoring) -> None:
     pool = state.pools[event.pool]
     for sequence_id, since_ms in zip(event.sequences.tolist(), event.since_ms.tolist(), strict=True):
@@ -490,6 +499,7 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.NodeRestored: _node_restored,
     ev.LruRestored: _lru_restored,
     ev.SequenceRestored: _sequence_restored,
+    ev.ArrivalsRestored: _arrivals_restored,
     ev.InFlightRestored: _in_flight_restored,
     ev.SequenceMarksRestored: _sequence_marks_restored,
     ev.HandoffRestored: _handoff_restored,

@@ -256,6 +256,7 @@ class Step:
     fork         (sequence id, children) pairs, int64 [n, 2], or sequence ids for one child each: the children begin as the sequence was
                  before this step's growth
     seen         version of the newest reply that the sender acts on: StaleEpoch if it was lost with its host; 0 is not checked
+    victims      if pages run out, propose whom to preempt (see victims)
 
     Running sequences come before new ones: if pages run out, opens are refused first. An item that cannot be done is listed in the
     reply and harms no other; a value that is malformed rejects the whole step and changes nothing.
@@ -276,9 +277,12 @@ class Step:
     unpin: Any = ()
     release: Any = ()
     seen: int = 0
+    victims: bool = False
 
     def __post_init__(self) -> None:
         check_int("step.seen", self.seen, 0, INT64_MAX)
+        if not isinstance(self.victims, bool):
+            raise InvalidValue("step.victims", "true or false", repr(self.victims)[:80])
         opens = _check_list("step.opens", self.opens)
         for item in opens:
             if not isinstance(item, Open):
@@ -435,7 +439,7 @@ def command_to_wire(command: Command) -> dict[str, Any]:
     wire: dict[str, Any] = {"t": _NAMES[type(command)]}
     for name in _FIELDS[type(command)]:
         value = getattr(command, name)
-        if isinstance(value, (np.ndarray, list, tuple, bytes)) and not len(value):
+        if value is False or (isinstance(value, (np.ndarray, list, tuple, bytes)) and not len(value)):
             continue
         wire[name] = _plain(value)
     if isinstance(command, Step) and len(command.grow_counts) and (command.grow_counts == 1).all():

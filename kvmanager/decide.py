@@ -36,9 +36,10 @@ from kvmanager.prefix import PAGE_ID, TOKEN_BYTES
 from kvmanager.sequences import slot_of
 from kvmanager.state import State
 from kvmanager.truncation import believed, decide_truncated, truncate
+from kvmanager.victims import choose_victims
 from kvmanager.waiting import dequeue, enqueue
 
-__all__ = ["Decision", "decide"]
+__all__ = ["Decision", "carry_out", "decide"]
 
 
 class Decision(NamedTuple):
@@ -59,14 +60,7 @@ def decide(state: State, command: Command, now_ms: int, client: int, number: int
         if number == record.number:
             return Decision(None, record.reply)
         raise stale_number(record.number, number)
-    draft = Draft(state)
-    if isinstance(command, Step):
-        lives.check_seen(state, command.seen)
-        _settle_pages(draft)  # before the step takes pages: what it evicts must not be what is being published
-    reply = _DECIDERS[type(command)](draft, command, max(now_ms, state.now_ms), client)
-    if not isinstance(command, Step):
-        _settle_pages(draft)
-    _settle_handoffs(draft)
+    draft, reply = carry_out(state, command, now_ms, client)
     notices = record.notices if record is not None else []
     if notices:
         reply["notices"] = [list(notice) for notice in notices]
@@ -75,6 +69,19 @@ def decide(state: State, command: Command, now_ms: int, client: int, number: int
     clients.forget_for(draft, client)
     draft.events.append(ev.ClientAnswered(client, number, len(notices), data))
     return Decision(ev.EventBatch(state.epoch, draft.version, now_ms, draft.events), data)
+
+
+def carry_out(state: State, command: Command, now_ms: int, client: int) -> tuple[Draft, dict[str, Any]]:
+    """What happens, as events in a draft, and the reply to it; all but the books of who asked."""
+    draft = Draft(state)
+    if isinstance(command, Step):
+        lives.check_seen(state, command.seen)
+        _settle_pages(draft)  # before the step takes pages: what it evicts must not be what is being published
+    reply = _DECIDERS[type(command)](draft, command, max(now_ms, state.now_ms), client)
+    if not isinstance(command, Step):
+        _settle_pages(draft)
+    _settle_handoffs(draft)
+    return draft, reply
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +225,8 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
         reply["queued"] = [attempt("enqueue", index, enqueue, item, client) or 0 for index, item in enumerate(command.enqueue)]
     if refused:
         reply["refused"] = refused
+        if command.victims and (victims := choose_victims(draft, command, refused)):
+            reply["victims"] = victims
     return reply
 
 

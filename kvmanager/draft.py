@@ -184,6 +184,7 @@ class Draft:
         self.appended: dict[int, int] = {}  # sequence -> token ids that become known
         self.opened = 0
         self.flying: dict[Any, tuple[int, bytes]] = {}  # place of a page in the index -> the sequence opened to compute it, its prompt
+        self.examined: list[Any] = []  # for each open that was tried: the placement.Look that was chosen, or would have been, or None
         self.load_change: dict[int, int] = {}  # pool -> tokens
         self.closed: dict[int, None] = {}
         self.grown: dict[int, None] = {}

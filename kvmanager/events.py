@@ -334,6 +334,13 @@ class LruRestored(NamedTuple):
     nodes: Ints64
 
 
+class ArrivalsRestored(NamedTuple):
+    """The pool's open sequences by priority, each priority's in the order in which they came."""
+
+    pool: int
+    sequences: Ints64
+
+
 class InFlightRestored(NamedTuple):
     """Sequences that hold a place in the pool's books of what is in flight, ascending, and when each came to it."""
 
@@ -473,6 +480,7 @@ EVENTS: tuple[type, ...] = (
     SequenceMarksRestored,
     PinBegun,
     PinsEnded,
+    ArrivalsRestored,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

@@ -89,6 +89,7 @@ def apply_forked(state: State, event: ev.SequenceForked) -> None:
         child.family, child.shared, child.priority = parent.family, full, parent.priority
         family[child_id] = None
         state.sequences[child_id] = child
+        pool.arrivals.add(child_id, child.priority)
         pool.load += len(tokens) // TOKEN_BYTES
         note_publishable(state, child)
         note_place(state, child)

@@ -54,6 +54,9 @@ def check_invariants(state: State) -> None:
         load = sum(len(each.tokens) // TOKEN_BYTES for each in state.sequences.values() if each.pool == pool.index)
         if load != pool.load:
             _fail(pool.name, f"load {pool.load}, known tokens {load}")
+        here = sorted((each.priority, each.sequence_id) for each in state.sequences.values() if each.pool == pool.index)
+        if sorted(pool.arrivals.latest_first()) != here or pool.arrivals.count != len(here):
+            _fail(pool.name, f"arrivals {list(pool.arrivals.latest_first())[:8]}, open here {here[:8]}")
         if len(pool.inflight.first) != len(pool.inflight.flights):
             _fail(pool.name, f"in flight: {len(pool.inflight.first)} places for {len(pool.inflight.flights)} sequences")
         for sequence_id, flight in pool.inflight.flights.items():

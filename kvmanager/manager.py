@@ -11,13 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
 from kvmanager.apply import apply
 from kvmanager.clients import EMBEDDED, is_overdue
-from kvmanager.commands import Ack, Command, Enqueue, Join, Open, Pin, Step, Tick, Tokens, WorkerGone
+from kvmanager.commands import Ack, Command, Enqueue, Join, Open, Pin, Step, Tick, Tokens, WorkerGone, command_to_wire
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide, stale_number
 from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
@@ -26,12 +26,13 @@ from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
 from kvmanager.journal import Journal, fingerprint
 from kvmanager.lives import begin_life
+from kvmanager.preview import DryRun, read_dry_run
 from kvmanager.queries import answer
 from kvmanager.recovery import LogTail, Recovered, batches_since, recover
 from kvmanager.snapshot import snapshot
 from kvmanager.state import Notice, State
 
-__all__ = ["KVManager", "Opened", "Pinned", "Refused", "StepReply", "Surface", "new_state"]
+__all__ = ["KVManager", "Opened", "Pinned", "Refused", "StepReply", "Surface", "Victim", "new_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,14 @@ class Refused:
     error: KVError
 
 
+class Victim(NamedTuple):
+    """A sequence to preempt, and the pages of its pool that this would free, once its workers have acknowledged its end."""
+
+    sequence: int
+    pool: str
+    pages: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepReply:
     """What became of a step.
@@ -72,6 +81,7 @@ class StepReply:
     forked    ids of the children for each of step.fork, none where refused
     pinned    one for each of step.pin, None where refused
     refused   items that were not done
+    victims   if asked for: whom to preempt for those that were refused for lack of pages, first to go first
     notices   news of this client's sequences since its last reply (see Notice)
     """
 
@@ -83,6 +93,7 @@ class StepReply:
     refused: list[Refused] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     forked: list[list[int]] = field(default_factory=list)
+    victims: list[Victim] = field(default_factory=list)
 
     def error(self, kind: str, index: int) -> KVError | None:
         """Why item `index` of the step's list `kind` was refused; None if it was done."""
@@ -99,6 +110,7 @@ def _step_reply(reply: dict[str, Any]) -> StepReply:
         [Refused(kind, index, error_from_wire(*error)) for kind, index, *error in reply.get("refused", [])],
         [Notice(*item) for item in reply.get("notices", [])],
         reply.get("forked", []),
+        [Victim(*item) for item in reply.get("victims", [])],
     )
 
 
@@ -141,6 +153,7 @@ class Surface:
         pin: Sequence[Pin] = (),
         unpin: Any = (),
         release: Sequence[tuple[bytes, bytes]] = (),
+        victims: bool = False,
     ) -> StepReply:
         """One scheduler step for the whole batch; see `commands.Step` for each argument and their order.
 
@@ -163,11 +176,19 @@ class Surface:
             pin=tuple(pin),
             unpin=unpin,
             release=tuple(release),
+            victims=victims,
         )
         reply = _step_reply(self._execute(command))
         if self.notices:
             reply.notices[:0], self.notices = self.notices, []
         return reply
+
+    def dry_run(self, **items: Any) -> DryRun:
+        """What a step of these items (the same arguments as `step`'s) would come to, decided by the same code. Nothing happens.
+
+        Raises InvalidValue as `step` does.
+        """
+        return read_dry_run(self._ask({"t": "dry_run", "step": command_to_wire(Step(**items))}))
 
     def _one(self, kind: str, command: Step) -> dict[str, Any]:
         reply = self._run(command)

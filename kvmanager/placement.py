@@ -77,7 +77,7 @@ def _in_flight(draft: Draft, item: Look, namespace: bytes, data: bytes, now_ms: 
     if node is None or item.found.last_pages < node.count:
         return 0, 0  # who holds a place ends at the end of a node
     sequence_id = pool.inflight.find(node, place[3])
-    if not sequence_id or not draft.alive(sequence_id):
+    if not sequence_id or not draft.alive(sequence_id) or sequence_id in draft.cut:
         return 0, 0
     sequence = draft.state.sequences[sequence_id]
     if sequence.sealed or now_ms - pool.inflight.flights[sequence_id].since_ms > draft.state.config.inflight_wait_ms:

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from kvmanager.arrivals import Arrivals
 from kvmanager.errors import InvariantBroken
 from kvmanager.inflight import InFlight
 from kvmanager.prefix import PrefixIndex
@@ -103,6 +104,7 @@ class Pool:
         self.prefix = PrefixIndex(page_size, num_pages)
         self.inflight = InFlight()
         self.pinned: dict[bytes, int] = {}  # tenant -> distinct pages that its pins hold
+        self.arrivals = Arrivals()
         self.publishable: dict[int, None] = {}  # sequences with acknowledged pages that are not in the index yet
 
     def counts(self) -> PoolCounts:

@@ -14,6 +14,7 @@ from kvmanager.commands import TENANT_BYTES_MAX
 from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.events import encode_batch
 from kvmanager.pins import list_pins
+from kvmanager.preview import answer_dry_run
 from kvmanager.snapshot import snapshot, tables_snapshot
 from kvmanager.state import State
 
@@ -38,7 +39,7 @@ def pool_stats(state: State) -> dict[str, Any]:
                 "total": counts.total,
             },
             "pinned": sum(pool.pinned.values()),
-            "sequences": sum(sequence.pool == pool.index for sequence in state.sequences.values()),
+            "sequences": pool.arrivals.count,
             "workers": {str(each): state.workers[each].name for each in state.live_workers(pool.index)},
             "fenced": {str(each): state.workers[each].name for each in state.pool_workers[pool.index] if state.workers[each].fenced},
         }
@@ -71,6 +72,7 @@ QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {
     "snapshot": _snapshot,
     "tables": _tables,
     "pins": _pins,
+    "dry_run": answer_dry_run,
 }
 
 

@@ -97,6 +97,7 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
     for pool in state.pools:
         flights = sorted(pool.inflight.flights.items())
         since = np.array([flight.since_ms for _, flight in flights], np.int64)
+        events.append(ev.ArrivalsRestored(pool.index, np.array(pool.arrivals.in_order(), np.int64)))
         events.append(ev.InFlightRestored(pool.index, np.array([each for each, _ in flights], np.int64), since))
     for handoff in state.handoffs.values():
         source_node, target_node = handoff.source_node, handoff.target_node

@@ -43,6 +43,9 @@ STATE_MACHINE = {
         "admission",
         "placement",
         "inflight",
+        "arrivals",
+        "victims",
+        "preview",
     )
 }
 OUTSIDE_WORLD = {

@@ -12,15 +12,17 @@ from collections import Counter
 from typing import Any
 
 import msgpack
+import numpy as np
 
 from kvmanager import events as ev
 from kvmanager.apply import apply
-from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone
+from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone, command_to_wire
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.decide import decide
 from kvmanager.errors import KVError
 from kvmanager.events import decode_batch, encode_batch
 from kvmanager.manager import KVManager, new_state
+from kvmanager.preview import answer_dry_run
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
@@ -91,6 +93,9 @@ class Driver:
             forked = decide(self.fork, command, self.now, client, number)
         except KVError as error:
             forked = error
+        foreseen = None
+        if isinstance(command, Step) and self.steps % 3 == 0 and not isinstance(forked, KVError):
+            foreseen = answer_dry_run(self.manager.state, {"step": command_to_wire(command)}, self.now)
         self.received.clear()
         try:
             data = self.manager.execute(command, client, number)
@@ -112,6 +117,11 @@ class Driver:
             self.fork = self.load()
             demand(state_digest(self.fork) == self.digest, "a loaded snapshot is another state")
         reply = msgpack.unpackb(data, strict_map_key=False)
+        if foreseen is not None:
+            evicted = sorted(page for event in batch.events if isinstance(event, ev.PagesEvicted) for page in event.pages.tolist())
+            expected = sorted(page for _, ids, _, _ in foreseen["evicted"] for page in np.frombuffer(ids, "<i4").tolist())
+            demand(foreseen["refused"] == reply.get("refused", []), f"a dry run was refused {foreseen['refused']}, the step {reply}")
+            demand(evicted == expected, f"a dry run would evict {expected}, the step evicted {evicted}")
         turn = Turn(command, client, reply)
         if isinstance(command, Step):
             for asked, made in zip(command.opens, reply.get("opened", []), strict=True):
