@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvmanager.config import ManagerConfig
+from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.events import EventBatch, PagesEvicted
 from kvmanager.manager import KVManager, StepReply
 
-__all__ = ["SAMPLES_MAX", "WAITING_TOKENS_MAX", "Counts", "Meter", "Series"]
+__all__ = ["ITEMS_MAX", "SAMPLES_MAX", "Counts", "Meter", "Series"]
 
 SAMPLES_MAX = 1024
-WAITING_TOKENS_MAX = 1 << 31  # a trace's own lengths bound the queue
+ITEMS_MAX = 1 << 20  # sequences, and prompts in the queue: what the manager's own limits allow
 
 
 @dataclass(slots=True)
@@ -73,9 +73,22 @@ class Series:
 
 
 class Meter:
-    """A manager to replay against: `step` and `ack` are its own, with their durations kept."""
+    """A manager to replay against: `step` and `ack` are its own, with their durations kept.
 
-    def __init__(self, config: ManagerConfig, clock: Callable[[], int]) -> None:
+    sequences, queue   sequences open at once, and prompts that wait; the manager's bounds are set to hold them
+    """
+
+    def __init__(
+        self, pools: Sequence[PoolConfig], clock: Callable[[], int], *, sequences: int, queue: int, placement: str = "prefix"
+    ) -> None:
+        config = ManagerConfig(
+            tuple(pools),
+            sequences_max=sequences,
+            batch_max=max(sequences, queue, 1),
+            waiting_max=queue,
+            waiting_tokens_max=1 << 32,  # a trace's own lengths bound it
+            placement=placement,
+        )
         self.manager = KVManager(config, clock=clock)
         self.manager.subscribe(self._on_batch)
         self.counts = Counts()

@@ -60,7 +60,8 @@ class Report:
     def lines(self) -> list[str]:
         """The report as text, without the plot."""
         counts, settings = self.counts, self.settings
-        how = "one request at a time" if settings["sequential"] else f"{settings['speed']:g} times as fast as recorded"
+        speed = "arriving as recorded" if settings["speed"] == 1 else f"arriving {settings['speed']:g} times as fast as recorded"
+        how = "one request at a time" if settings["sequential"] else speed
         pools = f"{settings['pools']} pools of " if settings["pools"] > 1 else ""
         head = f"{self.trace}: {self.done:,} of {self.requests:,} requests, {how}; {pools}{settings['pages']:,} pages of"
         rows = [

@@ -21,10 +21,10 @@ from itertools import islice
 import numpy as np
 
 from kvmanager.commands import Enqueue, Open
-from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.config import PoolConfig
 from kvmanager.errors import InvalidValue, InvariantBroken, OutOfPages, PrefixPending, SequenceTooLarge
 from kvmanager.manager import Opened
-from kvmanager.replay.meter import WAITING_TOKENS_MAX, Meter
+from kvmanager.replay.meter import ITEMS_MAX, Meter
 from kvmanager.replay.traces import TokensOf, TracedRequest
 
 __all__ = ["ConcurrentRun", "Load"]
@@ -40,7 +40,7 @@ class Load:
 
     pools      data-parallel pools of one group, `pages` each
     placement  how the manager chooses a request's pool: ManagerConfig.placement
-    batch      sequences that one pool runs at once
+    batch      sequences that one pool runs at once; it may get a few more, since the manager chooses the pool
     chunk      prompt tokens that one pool computes in a step
     step_ms    simulated duration of a step
     speed      requests arrive so many times faster than recorded
@@ -116,15 +116,17 @@ class ConcurrentRun:
         self.now_ms = 0.0
         self.first_token_ms = array("d")
         names = [f"pool{number}" for number in range(load.pools)]
-        config = ManagerConfig(
-            pools=tuple(PoolConfig(name, pages, page_size, GROUP) for name in names),
+        sequences = 2 * load.batch * load.pools  # room for those that a pool gets beyond its batch
+        if sequences + queue > ITEMS_MAX:
+            limit = (ITEMS_MAX - queue) // 2
+            raise InvalidValue("--batch", f"at most {limit} sequences in all pools", load.batch * load.pools)
+        self.meter = Meter(
+            [PoolConfig(name, pages, page_size, GROUP) for name in names],
+            clock=lambda: int(self.now_ms),
+            sequences=sequences,
+            queue=queue + sequences if queue else 0,  # those preempted stand before the others
             placement=load.placement,
-            waiting_max=queue + load.batch * load.pools if queue else 0,
-            waiting_tokens_max=WAITING_TOKENS_MAX,
         )
-        if load.batch * load.pools > config.sequences_max:
-            raise InvalidValue("--batch", f"at most {config.sequences_max} sequences in all pools", load.batch * load.pools)
-        self.meter = Meter(config, clock=lambda: int(self.now_ms))
         self.pools = {name: _Pool(name, self.meter.join(name)) for name in names}
         self.done = 0
         self._arrivals = deque(sorted(requests, key=lambda request: request.at_ms))

@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kvmanager.commands import Enqueue, Open
-from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.config import PoolConfig
 from kvmanager.errors import SequenceTooLarge
-from kvmanager.replay.meter import WAITING_TOKENS_MAX, Meter
+from kvmanager.replay.meter import Meter
 from kvmanager.replay.traces import TokensOf, TracedRequest
 
 __all__ = ["SequentialRun"]
@@ -34,8 +34,7 @@ class SequentialRun:
         self.requests = requests
         self.page_size = page_size
         self.queue = queue
-        pools = (PoolConfig("pool", pages, page_size),)
-        self.meter = Meter(ManagerConfig(pools, waiting_max=queue, waiting_tokens_max=WAITING_TOKENS_MAX), clock=lambda: 0)
+        self.meter = Meter([PoolConfig("pool", pages, page_size)], clock=lambda: 0, sequences=2, queue=queue)
 
     def run(self) -> Iterator[int]:
         meter, size = self.meter, self.page_size

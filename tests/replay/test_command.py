@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,16 +87,28 @@ def test_ctrl_c_prints_what_is_known_so_far(write_trace: WriteTrace, monkeypatch
     assert "2 of 4 whole pages" in done.output
 
 
+SIGINT_AT_STEP_50 = """
+import os, signal, sys
+from kvmanager.cli import main
+from kvmanager.replay.scheduler import ConcurrentRun
+run = ConcurrentRun.run
+def interrupted(self):
+    for step, done in enumerate(run(self)):
+        if step == 50:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield done
+ConcurrentRun.run = interrupted
+main(["replay", sys.argv[1], "--pages", "200", "--json"])
+"""
+
+
 def test_sigint_ends_the_process_with_its_report(write_trace: WriteTrace) -> None:
-    path = write_trace([request(number * 1000, [number], output_length=2000) for number in range(3000)])
-    command = [sys.executable, "-m", "kvmanager.cli", "replay", str(path), "--pages", "200", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        time.sleep(3)
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    found = json.loads(out)
-    assert found["complete"] is False and found["requests"] == 3000
+    path = write_trace([request(number * 1000, [number], output_length=200) for number in range(300)])
+    command = [sys.executable, "-c", SIGINT_AT_STEP_50, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 130, done.stderr
+    found = json.loads(done.stdout)
+    assert found["complete"] is False and found["requests"] == 300 and 50 <= found["steps"]["count"] < 60
 
 
 # --- the plot --------------------------------------------------------------------------------------------------------------------

@@ -85,6 +85,13 @@ def test_a_request_larger_than_its_pool_is_refused_alone(write_trace: WriteTrace
     assert at_rest(run)
 
 
+def test_a_prefix_that_is_being_computed_is_waited_for(write_trace: WriteTrace) -> None:
+    """The second prompt comes to the head of the line while the first has its last pages to compute: it waits one step for them."""
+    run = replay(read_trace(write_trace([request(0, range(8), 3996), request(0, [*range(8), 9])])), 200, chunk=512)
+    assert run.meter.counts.waits == 1
+    assert run.meter.counts.pages_hit == 3996 // 64
+
+
 def test_knowing_the_line_saves_pages_under_overload(write_trace: WriteTrace) -> None:
     requests = read_trace(write_trace(conversations(6, 150, people=13)))
     hits = [replay(requests, 200, queue=queue, speed=100.0, batch=4).meter.counts.pages_hit for queue in (0, 100)]
@@ -98,7 +105,7 @@ def test_an_idle_stretch_costs_no_steps(write_trace: WriteTrace) -> None:
 
 def test_load_is_checked(write_trace: WriteTrace) -> None:
     requests = read_trace(write_trace([request(0, [1])]))
-    with pytest.raises(InvalidValue, match="--batch: expected at most 4096 sequences in all pools, got 8192"):
-        ConcurrentRun(requests, pages=4, page_size=64, load=Load(pools=2, batch=4096))
+    with pytest.raises(InvalidValue, match="--batch: expected at most 524238 sequences in all pools, got 600000"):
+        ConcurrentRun(requests, pages=4, page_size=64, load=Load(pools=2, batch=300_000), queue=100)
     with pytest.raises(InvalidValue, match="placement: expected one of prefix, round_robin, got 'random'"):
         ConcurrentRun(requests, pages=4, page_size=64, load=Load(placement="random"))
