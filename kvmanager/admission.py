@@ -7,7 +7,7 @@ from typing import Any
 from kvmanager import events as ev
 from kvmanager.commands import Open
 from kvmanager.draft import Draft
-from kvmanager.errors import InvalidValue, KVError, OutOfPages, PoolNotReady, PrefixPending, SequenceTooLarge, TooMany, Unknown
+from kvmanager.errors import InvalidValue, KVError, PoolNotReady, PrefixPending, SequenceTooLarge, TooMany, Unknown
 from kvmanager.placement import Look, in_order, look, pages_wanted, place_of
 from kvmanager.pool import Pool
 from kvmanager.sequences import SLOT_BITS
@@ -41,7 +41,7 @@ def admit(draft: Draft, command: Open, client: int, now_ms: int) -> list[Any]:
         raise TooMany("sequences", state.config.sequences_max)
     namespace, data = encode_namespace(command.tenant, command.extra), command.tokens.tobytes()
     looks = in_order(draft, [look(draft, pool, namespace, data, command, now_ms) for pool in pools])
-    chosen = draft.examined[-1] = _choose(draft, command, looks)
+    chosen = draft.examined[-1] = _choose(draft, command, namespace, looks)
     if chosen.computing:
         raise PrefixPending(chosen.pool.name, chosen.computing, chosen.expected)
     sequence_id = (state.next_generation + draft.opened) << SLOT_BITS | draft.slots.pop(1)[0]
@@ -79,30 +79,33 @@ def _suitable(draft: Draft, command: Open, count: int) -> list[Pool]:
     return suitable
 
 
-def _choose(draft: Draft, command: Open, looks: list[Look]) -> Look:
-    """The first pool with room for the whole prompt, or else for what it takes now: nothing if it waits. Raises OutOfPages."""
+def _choose(draft: Draft, command: Open, namespace: bytes, looks: list[Look]) -> Look:
+    """The first pool with room for the whole prompt, or else for what it takes now: nothing if it waits. Raises OutOfPages, OverQuota."""
     count = len(command.tokens)
     if len(looks) > 1:
         for item in looks:
             wanted = pages_wanted(item, count) - item.expected // item.pool.page_size
-            if _room(draft, item, wanted) >= wanted:
+            if _refusal(draft, item, namespace, wanted) is None:
                 return item
+    refusals = []
     for item in looks:
         wanted = pages_wanted(item, min(item.cached + command.chunk, count))
-        if item.computing or _room(draft, item, wanted) >= wanted:
+        refusal = None if item.computing else _refusal(draft, item, namespace, wanted)
+        if refusal is None:
             return item
-    best = draft.examined[-1] = looks[0]
-    wanted = pages_wanted(best, min(best.cached + command.chunk, count))
-    raise OutOfPages(best.pool.name, wanted, _room(draft, best, wanted), best.pool.quarantined)
+        refusals.append(refusal)
+    draft.examined[-1] = looks[0]
+    raise refusals[0]
 
 
-def _room(draft: Draft, item: Look, wanted: int) -> int:
-    """How many of `wanted` pages the pool has, beside those that the prompt shares."""
+def _refusal(draft: Draft, item: Look, namespace: bytes, wanted: int) -> KVError | None:
+    """Why the tenant cannot have `wanted` pages of the pool, beside those that the prompt shares; None if it can."""
     pages = draft.pool(item.pool.index)
     pinned = pages.pin(item.found.nodes, item.found.last_pages)
-    room = pages.can_take(wanted)
+    account = pages.account(namespace)
+    refusal = pages.refusal(wanted, account) if pages.can_take(wanted, account) < wanted else None
     pages.unpin(pinned)
-    return room
+    return refusal
 
 
 def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Look, sequence_id: int) -> list[Any]:
@@ -110,7 +113,7 @@ def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Lo
     pages = draft.pool(pool.index)
     pages.pin(chosen.found.nodes, chosen.found.last_pages)
     length = min(chosen.cached + command.chunk, count)
-    fresh = pages.take(pages_wanted(chosen, length))
+    fresh = pages.take(pages_wanted(chosen, length), pages.account(namespace))
     draft.opened += 1
     draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) + count
     draft.events.append(

@@ -26,6 +26,7 @@ from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES, Node
 from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
 from kvmanager.state import Client, Notice, State, Worker
+from kvmanager.tenants import account_restored, apply_flushed, apply_quota
 from kvmanager.truncation import apply_truncated
 from kvmanager.waiting import apply_dequeued, apply_enqueued, leave
 
@@ -109,7 +110,7 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     cached = event.cached
     node = pool.prefix.acquire(event.namespace, cached, state.version, event.priority)
     pool.share(cached)
-    pool.take(event.fresh)
+    pool.take(event.fresh, node.account)
     slot = slot_of(event.sequence)
     if state.free_slots.pop() != slot:
         raise InvariantBroken(f"open: row {slot} is not on top of the free rows")
@@ -148,7 +149,7 @@ def _pages_published(state: State, event: ev.PagesPublished) -> None:
     if swapped.any():
         # The same tokens were computed twice at once. One copy is enough; a step in flight may still read the other.
         pool.share(pages[swapped])
-        pool.put_in_quarantine(state.version, pool.unshare(before[swapped]))
+        pool.put_in_quarantine(state.version, pool.unshare(before[swapped]), sequence.node.account)
         state.tables.swap(event.sequence, event.first, event.pages)
     _note_publishable(state, sequence)
     _note_place(state, sequence)
@@ -157,7 +158,7 @@ def _pages_published(state: State, event: ev.PagesPublished) -> None:
 def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     sequence = state.sequences.pop(event.sequence)
     pool = state.pools[sequence.pool]
-    _let_go(state, pool, state.tables.pages_of(event.sequence), sequence.published, sequence.node)
+    _let_go(state, pool, sequence.namespace, state.tables.pages_of(event.sequence), sequence.published, sequence.node)
     pool.prefix.leave(sequence.namespace)
     pool.load -= len(sequence.tokens) // TOKEN_BYTES
     pool.publishable.pop(event.sequence, None)
@@ -185,8 +186,10 @@ def _index_dropped(state: State, event: ev.IndexDropped) -> None:
         if handoff.source == event.pool and handoff.source_node is not None:
             pool.prefix.release(handoff.source_node, state.version)
             handoff.source_node, handoff.source_indexed = None, 0
-    loose = pool.prefix.drop_all()
-    pool.put_in_quarantine(state.version, loose[pool.refs[loose] == 0])
+    for tenant in sorted(pool.prefix.namespaces):
+        account = pool.prefix.accounts.of.get(tenant)
+        pages = pool.prefix.forget(tenant)
+        pool.put_in_quarantine(state.version, pages[pool.refs[pages] == 0], account)
 
 
 # --- handoff ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def _handoff_moving(state: State, event: ev.HandoffMoving) -> None:
     sequence.holds += 1
     handoff.target_node = target.prefix.acquire(handoff.namespace, event.shared, state.version, sequence.priority)
     target.share(event.shared)
-    target.take(event.fresh)
+    target.take(event.fresh, handoff.target_node.account)
     handoff.target_shared, handoff.target_pages = len(event.shared), event.shared.tolist() + event.fresh.tolist()
 
 
@@ -245,7 +248,7 @@ def _handoff_pulled(state: State, event: ev.HandoffPulled) -> None:
 
 
 def _let_source_go(state: State, handoff: Handoff) -> None:
-    _let_go(state, state.pools[handoff.source], handoff.source_pages, handoff.source_indexed, handoff.source_node)
+    _let_go(state, state.pools[handoff.source], handoff.namespace, handoff.source_pages, handoff.source_indexed, handoff.source_node)
     sequence = state.sequences.get(handoff.sequence_id)
     if sequence is not None:
         sequence.holds -= 1
@@ -256,7 +259,7 @@ def _handoff_resident(state: State, event: ev.HandoffResident) -> None:
     sequence = state.sequences[handoff.sequence_id]
     source, target = state.pools[handoff.source], state.pools[handoff.target]
     _let_source_go(state, handoff)
-    _let_go(state, source, state.tables.pages_of(handoff.sequence_id), sequence.published, sequence.node)
+    _let_go(state, source, sequence.namespace, state.tables.pages_of(handoff.sequence_id), sequence.published, sequence.node)
     source.prefix.leave(sequence.namespace)  # the target's namespace was entered at `moving`
     source.publishable.pop(sequence.sequence_id, None)
     source.inflight.forget(sequence.sequence_id)
@@ -287,7 +290,7 @@ def _handoff_aborted(state: State, event: ev.HandoffAborted) -> None:
     _tell(state, handoff.owner, Notice("aborted", handoff.sequence_id, event.handoff, event.reason, event.code))
     if was_moving:
         target = state.pools[handoff.target]
-        _let_go(state, target, handoff.target_pages, handoff.target_shared, handoff.target_node)
+        _let_go(state, target, handoff.namespace, handoff.target_pages, handoff.target_shared, handoff.target_node)
         target.prefix.leave(handoff.namespace)
         handoff.target_pages, handoff.target_shared, handoff.target_node = [], 0, None
     else:
@@ -336,7 +339,7 @@ def _pool_restored(state: State, event: ev.PoolRestored, _: Restoring) -> None:
     at = 0
     for serial, version, size in zip(event.serials.tolist(), event.versions.tolist(), event.sizes.tolist(), strict=True):
         pool.next_serial = serial
-        pool.put_in_quarantine(version, event.pages[at : at + size])
+        pool.put_in_quarantine(version, event.pages[at : at + size], None)
         at += size
     pool.next_serial = event.next_serial
     pool.publishable = dict.fromkeys(event.publishable.tolist())
@@ -365,7 +368,7 @@ def _node_restored(state: State, event: ev.NodeRestored, restoring: Restoring) -
 def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
     prefix = state.pools[event.pool].prefix
     for number in event.nodes.tolist():
-        prefix.order.add(restoring.nodes[event.pool, number])
+        prefix.loosen(restoring.nodes[event.pool, number])
 
 
 def _find_node(state: State, restoring: Restoring, pool: int, number: int, namespace: bytes) -> Node:
@@ -410,7 +413,7 @@ def _in_flight_restored(state: State, event: ev.InFlightRestored, _: Restoring) 
 def _sequence_marks_restored(state: State, event: ev.SequenceMarksRestored, _: Restoring) -> None:
     sequence = state.sequences[event.sequence]
     sequence.family, sequence.shared, sequence.reserved = event.family, event.shared, event.reserved
-    sequence.cut_floor = event.cut_floor
+    sequence.cut_floor, sequence.unlisted = event.cut_floor, bool(event.unlisted)
     sequence.cuts = list(zip(event.cut_versions.tolist(), event.cut_lengths.tolist(), strict=True))
     if event.family:
         state.families.setdefault(event.family, {})[event.sequence] = None
@@ -487,6 +490,8 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.ClientForgotten: _client_forgotten,
     ev.PromptEnqueued: apply_enqueued,
     ev.PromptsDequeued: apply_dequeued,
+    ev.QuotaSet: apply_quota,
+    ev.TenantFlushed: apply_flushed,
     ev.PinBegun: apply_pin_begun,
     ev.PinsEnded: apply_pins_ended,
     ev.EpochBegun: lives.epoch_begun,
@@ -506,5 +511,6 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.ClientRestored: _client_restored,
     ev.PolicyRestored: _policy_restored,
     ev.PinBegun: pin_restored,
+    ev.AccountRestored: account_restored,
     ev.LivesRestored: lives.lives_restored,
 }

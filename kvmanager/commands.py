@@ -20,9 +20,11 @@ __all__ = [
     "Ack",
     "Command",
     "Enqueue",
+    "Flush",
     "Join",
     "Open",
     "Pin",
+    "SetQuota",
     "Step",
     "Tick",
     "WorkerGone",
@@ -410,13 +412,44 @@ class Tick:
     """Time passes: leases that ended are noticed."""
 
 
-Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick
-_KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick}
+@dataclass(frozen=True, slots=True)
+class SetQuota:
+    """So many pages of a pool for a tenant, held by its sequences or cached for it; see `tenants`.
+
+    tenant  None is every tenant that has no quota of its own
+    pages   None is no limit
+    pool    its name, or empty for all pools
+    """
+
+    tenant: bytes | None
+    pages: int | None
+    pool: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tenant is not None:
+            object.__setattr__(self, "tenant", _check_bytes("quota.tenant", self.tenant, TENANT_BYTES_MAX))
+        if self.pages is not None:
+            check_int("quota.pages", self.pages, 0, 2**31 - 1)
+        check_name("quota.pool", self.pool, allow_empty=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """The prefix index forgets everything that it has of a tenant, in a pool or in all (empty); see `tenants`."""
+
+    tenant: bytes
+    pool: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tenant", _check_bytes("flush.tenant", self.tenant, TENANT_BYTES_MAX))
+        check_name("flush.pool", self.pool, allow_empty=True)
+
+
+Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick | SetQuota | Flush
+_KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick, "quota": SetQuota, "flush": Flush}
 _ITEMS: dict[str, type] = {"opens": Open, "enqueue": Enqueue, "pin": Pin}  # lists of a step whose items are maps on the wire
 _NAMES = {cls: kind for kind, cls in _KINDS.items()}
-_FIELDS: dict[type, tuple[str, ...]] = {
-    cls: tuple(item.name for item in fields(cls)) for cls in (Step, Join, Ack, WorkerGone, Tick, *_ITEMS.values())
-}
+_FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(item.name for item in fields(cls)) for cls in (*_KINDS.values(), *_ITEMS.values())}
 
 
 _DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.default not in (MISSING, ())} for cls in _ITEMS.values()}

@@ -39,6 +39,7 @@ class PoolConfig:
     group       pools that may serve the same request share a group
     workers     tensor-parallel workers that hold copies; the pool is ready once that many are alive
     layout      fingerprint of the latent layout; "" takes that of the first worker to join
+    tenant_quota   pages that each tenant may have, unless it is given a quota of its own; -1 for no limit
     """
 
     name: str
@@ -47,6 +48,7 @@ class PoolConfig:
     group: str = "default"
     workers: int = 1
     layout: str = ""
+    tenant_quota: int = -1
 
     def __post_init__(self) -> None:
         check_name("pool.name", self.name)
@@ -55,6 +57,7 @@ class PoolConfig:
         check_int("pool.page_size", self.page_size, 1, PAGE_SIZE_MAX)
         check_int("pool.workers", self.workers, 1, 1024)
         check_name("pool.layout", self.layout, allow_empty=True)
+        check_int("pool.tenant_quota", self.tenant_quota, -1, 2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class ManagerConfig:
     batch_max            items of one kind (opens, grows, ...) in one step
     workers_max, clients_max, handoffs_max   entries in those tables; the oldest idle client is forgotten when its table is full
     waiting_max, waiting_tokens_max   prompts in the waiting queue, and their tokens together
+    quotas_max           tenants with a quota of their own, in each pool
     pins_max             pins at once
     pin_percent, pin_percent_all   of a pool's pages that the pins of one tenant, and of all together, may hold
     message_bytes_max    one message on the wire
@@ -89,6 +93,7 @@ class ManagerConfig:
     handoffs_max: int = 4096
     waiting_max: int = 4096
     waiting_tokens_max: int = 1 << 26
+    quotas_max: int = 4096
     pins_max: int = 4096
     pin_percent: int = 25
     pin_percent_all: int = 75
@@ -121,6 +126,7 @@ class ManagerConfig:
         check_int("handoffs_max", self.handoffs_max, 1, 1 << 20)
         check_int("waiting_max", self.waiting_max, 0, 1 << 20)
         check_int("waiting_tokens_max", self.waiting_tokens_max, 0, 1 << 32)
+        check_int("quotas_max", self.quotas_max, 0, 1 << 20)
         check_int("pins_max", self.pins_max, 0, 1 << 20)
         check_int("pin_percent", self.pin_percent, 0, 100)
         check_int("pin_percent_all", self.pin_percent_all, 0, 100)

@@ -13,8 +13,9 @@ import numpy as np
 
 from kvmanager import clients, lives, pins
 from kvmanager import events as ev
+from kvmanager.accounts import Account
 from kvmanager.admission import admit, check_ready
-from kvmanager.commands import Ack, Command, Join, Step, Tick, WorkerGone
+from kvmanager.commands import Ack, Command, Flush, Join, SetQuota, Step, Tick, WorkerGone
 from kvmanager.copies import decide_copies
 from kvmanager.draft import Draft
 from kvmanager.errors import (
@@ -35,6 +36,7 @@ from kvmanager.pool import Pool
 from kvmanager.prefix import PAGE_ID, TOKEN_BYTES
 from kvmanager.sequences import slot_of
 from kvmanager.state import State
+from kvmanager.tenants import flush, set_quota
 from kvmanager.truncation import believed, decide_truncated, truncate
 from kvmanager.victims import choose_victims
 from kvmanager.waiting import dequeue, enqueue
@@ -78,6 +80,8 @@ def carry_out(state: State, command: Command, now_ms: int, client: int) -> tuple
         lives.check_seen(state, command.seen)
         _settle_pages(draft)  # before the step takes pages: what it evicts must not be what is being published
     reply = _DECIDERS[type(command)](draft, command, max(now_ms, state.now_ms), client)
+    if isinstance(command, Flush):
+        return draft, reply  # what was flushed must not be found once more: the next command goes on
     if not isinstance(command, Step):
         _settle_pages(draft)
     _settle_handoffs(draft)
@@ -289,6 +293,7 @@ def _grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
     wanted: dict[int, int] = {}  # pool -> pages
     granted: list[tuple[int, int, int]] = []
     supply: dict[int, int] = {}
+    charges: dict[int, dict[Account, int]] = {}  # pool -> tenant with a quota -> pages
     for at in np.flatnonzero((needed > 0) | long).tolist():
         index, pool = int(positions[at]), state.pools[int(tables.pools[rows[at]])]
         total = int(have[at] + max(needed[at], 0))
@@ -301,15 +306,26 @@ def _grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
             if pool.index not in supply:
                 asked = int(needed[(needed > 0) & (tables.pools[rows] == pool.index)].sum())
                 supply[pool.index] = draft.pool(pool.index).can_take(asked)
+            account = state.sequences[int(ids[index])].node.account
+            charged = charges.get(pool.index, {}).get(account, 0) + count if account is not None else 0
+            if account is not None and draft.pool(pool.index).quota_left(charged, account) < charged:
+                refuse(index, draft.pool(pool.index).over_quota(charged, account))
+                keep[index] = False
+                continue
             if wanted.get(pool.index, 0) + count <= supply[pool.index]:
                 wanted[pool.index] = wanted.get(pool.index, 0) + count
                 granted.append((index, pool.index, count))
+                if account is not None:
+                    charges.setdefault(pool.index, {})[account] = charged
                 continue
             free = supply[pool.index] - wanted.get(pool.index, 0)
             refuse(index, OutOfPages(pool.name, count, free, pool.quarantined))
         keep[index] = False
     # All evictions are logged before the growth itself, and pages leave each stack in the order of the sequences.
-    taken = {pool: iter(draft.pool(pool).take(count)) for pool, count in wanted.items()}
+    for owner, accounts in charges.items():
+        for account, count in accounts.items():
+            draft.pool(owner).make_room(count, account)
+    taken = {pool: iter(draft.pool(pool).take(count, None)) for pool, count in wanted.items()}
     for index, owner, count in granted:
         page_counts[index] = count
         pages += [next(taken[owner]) for _ in range(count)]
@@ -388,7 +404,7 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
         draft.events.append(ev.HandoffSealed(handoff_id))
     if not lives.is_current(draft, sequence.pool):
         return
-    if draft.published_pages(sequence) < sequence.shared:
+    if draft.published_pages(sequence) < sequence.shared and not sequence.unlisted:
         return  # a fork may publish these pages for both, and a handoff's pages have to stay as they are: it will be soon
     length = state.tables.length(sequence_id)
     pool = state.pools[target]
@@ -402,12 +418,13 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
     found = pages.match(sequence.namespace, tokens, length // pool.page_size)
     shared = found.pages()
     pinned = pages.pin(found.nodes, found.last_pages)
-    if pages.can_take(total - len(shared)) < total - len(shared):
+    account = pages.account(sequence.namespace)
+    if pages.can_take(total - len(shared), account) < total - len(shared):
         pages.unpin(pinned)
         if at is not HandoffState.RESERVING:
             draft.events.append(ev.HandoffReserving(handoff_id))
         return
-    fresh = pages.take(total - len(shared))
+    fresh = pages.take(total - len(shared), account)
     draft.events.append(ev.HandoffMoving(handoff_id, shared, fresh))
 
 
@@ -468,6 +485,8 @@ def _publish(draft: Draft) -> None:
         if not draft.alive(sequence_id) or state.sequences[sequence_id].holds or sequence_id in draft.published:
             continue
         sequence = state.sequences[sequence_id]
+        if sequence.unlisted:
+            continue
         pool = state.pools[sequence.pool]
         step = pool.prefix.page_bytes
         first = sequence.published
@@ -498,4 +517,12 @@ def _publish(draft: Draft) -> None:
                 publish_kin(draft, sequence, first, pages, first + at)
 
 
-_DECIDERS: dict[type, Any] = {Step: _step, Join: _join, Ack: _ack, WorkerGone: _gone, Tick: _tick}
+_DECIDERS: dict[type, Any] = {
+    Step: _step,
+    Join: _join,
+    Ack: _ack,
+    WorkerGone: _gone,
+    Tick: _tick,
+    SetQuota: set_quota,
+    Flush: flush,
+}

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmanager import events as ev
-from kvmanager.errors import WrongState
+from kvmanager.accounts import Account
+from kvmanager.errors import KVError, OutOfPages, OverQuota, WrongState
 from kvmanager.pool import PageStack, Pool
 from kvmanager.prefix import NO_PAGES, PAGE_ID, TOKEN_BYTES, Match, Node
 from kvmanager.sequences import Sequence
-from kvmanager.state import NEVER, State
+from kvmanager.state import NEVER, State, tenant_of
 
 __all__ = ["Cut", "Draft", "PagesDraft", "PinsDraft", "PoolDraft", "StackDraft"]
 
@@ -75,6 +76,16 @@ class PagesDraft:
         return np.concatenate([taken, below]) if rest else taken
 
 
+class Candidates:
+    """Nodes that may be evicted, in order: those looked at already, of which something may be left, and those that follow."""
+
+    __slots__ = ("ahead", "further")
+
+    def __init__(self, further: Iterator[Node]) -> None:
+        self.ahead: deque[Node] = deque()
+        self.further = further
+
+
 class PoolDraft:
     """Pages of one pool under a command: the free stack, and which cached pages give way."""
 
@@ -86,8 +97,10 @@ class PoolDraft:
         self.trimmed: dict[Node, int] = {}  # pages that remain of a node
         self.pinned: dict[Node, int] = {}  # leading pages of a node that this command matched: not to be evicted by it
         self.evictable = pool.counts().cached  # an upper bound that makes hopeless searches cheap
-        self.ahead: deque[Node] = deque()  # victims that have been looked at, and may have something left
-        self.further = pool.prefix.victims(acked)
+        self.everybody = Candidates(pool.prefix.victims(acked))
+        self.of_account: dict[Account, Candidates] = {}
+        self.charged: dict[Account, int] = {}  # pages that a tenant with a quota gets
+        self.newcomers: dict[bytes, Account] = {}
 
     def match(self, namespace: bytes, tokens: bytes, pages_max: int) -> Match:
         return self.pool.prefix.match(namespace, tokens, pages_max, self.trimmed)
@@ -103,22 +116,71 @@ class PoolDraft:
         """Take back a `pin`; the last one first."""
         self.pinned.update(before)
 
-    def _victims(self) -> Iterator[tuple[Node, int]]:
-        """(node, pages that may go), first to go first, leaves before their parents. Each node is looked up once for a whole command."""
-        while self.ahead and self.trimmed.get(self.ahead[0], 1) == 0:
-            self.ahead.popleft()
-        for node in self.ahead:
+    def account(self, namespace: bytes) -> Account | None:
+        """The account of a namespace's tenant, None if it has no quota."""
+        accounts = self.pool.prefix.accounts
+        if not accounts.of and accounts.everybody < 0:
+            return None
+        tenant = tenant_of(namespace)
+        found = self.newcomers.get(tenant) or accounts.find(tenant)
+        if found is not None and tenant not in accounts.of:
+            self.newcomers[tenant] = found
+        return found
+
+    def _victims(self, account: Account | None = None) -> Iterator[tuple[Node, int]]:
+        """(node, pages that may go), first to go first, leaves before their parents; of a tenant alone, if one is named.
+
+        Each node is looked up once for a whole command.
+        """
+        among = self.everybody
+        if account is not None:
+            if account not in self.of_account:
+                self.of_account[account] = Candidates(self.pool.prefix.victims(self.acked, account))
+            among = self.of_account[account]
+        while among.ahead and self.trimmed.get(among.ahead[0], 1) == 0:
+            among.ahead.popleft()
+        for node in among.ahead:
             loose = self.trimmed.get(node, node.count) - self.pinned.get(node, 0)
             if loose > 0:
                 yield node, loose
-        for node in self.further:
-            self.ahead.append(node)
-            loose = node.count - self.pinned.get(node, 0)
+        for node in among.further:
+            among.ahead.append(node)
+            loose = self.trimmed.get(node, node.count) - self.pinned.get(node, 0)
             if loose > 0:
                 yield node, loose
 
-    def can_take(self, count: int) -> int:
-        """How many of `count` pages could be had now, by evicting if need be."""
+    def quota_left(self, count: int, account: Account) -> int:
+        """How many of `count` pages a tenant may have yet, giving up its own cached ones if need be."""
+        left = account.quota - account.pages - self.charged.get(account, 0)
+        if left < count:
+            for _, loose in self._victims(account):
+                left += loose
+                if left >= count:
+                    return count
+        return max(min(left, count), 0)
+
+    def over_quota(self, count: int, account: Account) -> OverQuota:
+        """Why a tenant cannot have `count` pages."""
+        kept = account.pages + self.charged.get(account, 0) - sum(loose for _, loose in self._victims(account))
+        return OverQuota(self.pool.name, account.tenant, kept + count, account.quota)
+
+    def refusal(self, count: int, account: Account | None) -> KVError:
+        """Why `can_take` gave less."""
+        if account is not None and self.quota_left(count, account) < count:
+            return self.over_quota(count, account)
+        return OutOfPages(self.pool.name, count, self.can_take(count, None), self.pool.quarantined)
+
+    def make_room(self, count: int, account: Account) -> None:
+        """Charge a tenant with `count` pages that it takes, and evict its own cached ones as far as its quota asks for it."""
+        over = account.pages + self.charged.get(account, 0) + count - account.quota
+        if over > 0:
+            self._evict(over, account)
+        self.charged[account] = self.charged.get(account, 0) + count
+
+    def can_take(self, count: int, account: Account | None = None) -> int:
+        """How many of `count` pages a tenant could have now, by evicting if need be. No account: it has no quota, or that was seen to."""
+        if account is not None:
+            count = self.quota_left(count, account)
         have = len(self.free)
         if have >= count:
             return count
@@ -129,23 +191,30 @@ class PoolDraft:
                     return count
         return have
 
-    def take(self, count: int) -> np.ndarray:
+    def take(self, count: int, account: Account | None = None) -> np.ndarray:
         """`count` pages, int32, after `can_take` said so; logs what has to be evicted for them."""
-        short = count - len(self.free)
-        if short > 0:
-            evicted: list[np.ndarray] = []
-            for node, loose in self._victims():
-                gone, left = min(short, loose), self.trimmed.get(node, node.count)
-                evicted.append(np.frombuffer(node.ids, PAGE_ID)[left - gone : left][::-1])  # the run's end first
-                self.trimmed[node] = left - gone
-                short -= gone
-                if not short:
-                    break
-            pages = np.concatenate(evicted)
-            self.evictable -= len(pages)
-            self.free.push(pages)
-            self.events.append(ev.PagesEvicted(self.pool.index, pages))
+        if account is not None:
+            self.make_room(count, account)
+        if count > len(self.free):
+            self._evict(count - len(self.free), None)
         return self.free.pop(count)
+
+    def _evict(self, short: int, account: Account | None) -> None:
+        """So many pages more are free, of what a tenant has cached or of what anybody has."""
+        evicted: list[np.ndarray] = []
+        for node, loose in self._victims(account):
+            gone, left = min(short, loose), self.trimmed.get(node, node.count)
+            evicted.append(np.frombuffer(node.ids, PAGE_ID)[left - gone : left][::-1])  # the run's end first
+            self.trimmed[node] = left - gone
+            if node.account is not None:
+                self.charged[node.account] = self.charged.get(node.account, 0) - gone
+            short -= gone
+            if not short:
+                break
+        pages = np.concatenate(evicted)
+        self.evictable -= len(pages)
+        self.free.push(pages)
+        self.events.append(ev.PagesEvicted(self.pool.index, pages))
 
 
 class Cut(NamedTuple):

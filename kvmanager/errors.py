@@ -23,6 +23,7 @@ __all__ = [
     "NotCached",
     "OutOfPages",
     "OverPinBudget",
+    "OverQuota",
     "PoolNotReady",
     "PrefixPending",
     "ReplicaGap",
@@ -140,6 +141,22 @@ class OverPinBudget(KVError):
             tenant=name,
             needed=needed,
             budget=budget,
+        )
+
+
+class OverQuota(KVError):
+    """The tenant would have more pages of the pool than its quota, even with all of its own evicted that can go."""
+
+    code = "over_quota"
+
+    def __init__(self, pool: str, tenant: bytes, needed: int, quota: int) -> None:
+        name = tenant.decode(errors="replace")
+        super().__init__(
+            f"pool {pool}: expected at most {quota} pages of tenant {name!r}, got {needed}",
+            pool=pool,
+            tenant=name,
+            needed=needed,
+            quota=quota,
         )
 
 
@@ -268,6 +285,7 @@ _BY_CODE: dict[str, type[KVError]] = {
         NotCached,
         OutOfPages,
         OverPinBudget,
+        OverQuota,
         PrefixPending,
         SequenceTooLarge,
         TooMany,

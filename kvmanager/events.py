@@ -263,6 +263,22 @@ class PromptsDequeued(NamedTuple):
     waiting: Ints64
 
 
+class QuotaSet(NamedTuple):
+    """So many pages of the pool for a tenant, or for everybody who has no quota of its own; -1 is none."""
+
+    pool: int
+    tenant: bytes
+    everybody: int
+    pages: int
+
+
+class TenantFlushed(NamedTuple):
+    """The index forgets what it has of a tenant; open sequences keep what they hold, and it is found by nobody."""
+
+    pool: int
+    tenant: bytes
+
+
 class PinBegun(NamedTuple):
     """These pages, which lead in the namespace, stay cached until the pin ends. Deadlines of 0 are none. In a snapshot: it is held."""
 
@@ -368,13 +384,14 @@ class SequenceRestored(NamedTuple):
 
 
 class SequenceMarksRestored(NamedTuple):
-    """What only a sequence has that was forked, truncated or given a reserve."""
+    """What only a sequence has that was forked, truncated or given a reserve, or whose tenant was flushed."""
 
     sequence: int
     family: int
     shared: int
     reserved: int
     cut_floor: int
+    unlisted: int
     cut_versions: Ints64
     cut_lengths: Ints64
 
@@ -396,6 +413,16 @@ class HandoffRestored(NamedTuple):
     target_pages: Ints32
     target_node: int
     pulled: Ints64
+
+
+class AccountRestored(NamedTuple):
+    """A tenant with a quota, `own` if it was set for it by name, and the pages that it has."""
+
+    pool: int
+    tenant: bytes
+    quota: int
+    own: int
+    pages: int
 
 
 class PolicyRestored(NamedTuple):
@@ -481,6 +508,9 @@ EVENTS: tuple[type, ...] = (
     PinBegun,
     PinsEnded,
     ArrivalsRestored,
+    QuotaSet,
+    TenantFlushed,
+    AccountRestored,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvmanager import events as ev
 from kvmanager.draft import Draft
-from kvmanager.errors import InvariantBroken, OutOfPages, TooMany, Unknown, WrongState
+from kvmanager.errors import InvariantBroken, TooMany, Unknown, WrongState
 from kvmanager.owners import note_place, note_publishable
 from kvmanager.prefix import TOKEN_BYTES
 from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
@@ -45,9 +45,10 @@ def fork(draft: Draft, parent_id: int, count: int, client: int) -> list[int]:
         raise TooMany("sequences", state.config.sequences_max)
     pages = draft.pool(pool.index)
     wanted = count if part else 0
-    if (available := pages.can_take(wanted)) < wanted:
-        raise OutOfPages(pool.name, wanted, available, pool.quarantined)
-    fresh = pages.take(wanted)
+    account = parent.node.account
+    if pages.can_take(wanted, account) < wanted:
+        raise pages.refusal(wanted, account)
+    fresh = pages.take(wanted, account)
     if part:
         cut = draft.cut.get(parent_id)
         source = cut.target if cut is not None and cut.target >= 0 else int(state.tables.pages[state.tables.row(parent_id), full])
@@ -65,7 +66,7 @@ def apply_forked(state: State, event: ev.SequenceForked) -> None:
     pool = state.pools[parent.pool]
     full = event.length // pool.page_size
     shared = state.tables.pages_of(event.parent)[:full]
-    pool.take(event.fresh)
+    pool.take(event.fresh, parent.node.account)
     if not parent.family:  # named for its first child: a parent may leave, and found another
         parent.family = int(event.children[0])
         state.families[parent.family] = {event.parent: None}
@@ -86,7 +87,7 @@ def apply_forked(state: State, event: ev.SequenceForked) -> None:
         child = Sequence(child_id, event.owner, pool.index, parent.namespace, bytearray(tokens), parent.node, parent.published)
         child.written = dict(written)
         child.cut_floor = state.version  # nobody can have said anything about it before
-        child.family, child.shared, child.priority = parent.family, full, parent.priority
+        child.family, child.shared, child.priority, child.unlisted = parent.family, full, parent.priority, parent.unlisted
         family[child_id] = None
         state.sequences[child_id] = child
         pool.arrivals.add(child_id, child.priority)
@@ -102,7 +103,8 @@ def leave_family(state: State, sequence: Sequence) -> None:
         del members[sequence.sequence_id]
         if not members:
             del state.families[sequence.family]
-        sequence.family = sequence.shared = 0
+        sequence.family = 0
+    sequence.shared = 0
 
 
 def publish_kin(draft: Draft, sequence: Sequence, first: int, pages: np.ndarray, attached: int) -> None:

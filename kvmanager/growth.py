@@ -80,10 +80,12 @@ def _fits(draft: Draft, totals: np.ndarray, pools: np.ndarray | None) -> bool:
 
 
 def _take(draft: Draft, at: np.ndarray, pools: np.ndarray | None) -> np.ndarray | None:
-    """One page for each of `at`, in that order; None if a pool has not got them all."""
+    """One page for each of `at`, in that order; None if a pool has not got them all, or has tenants with quotas."""
+    if any(pool.prefix.accounts.of for pool in draft.state.pools):
+        return None
     if pools is None:
         only = draft.pool(0)
-        return only.take(len(at)) if only.can_take(len(at)) == len(at) else None
+        return only.take(len(at), None) if only.can_take(len(at)) == len(at) else None
     wanted = [(int(pool), pools == pool) for pool in np.unique(pools)]
     for pool, mask in wanted:
         count = int(np.count_nonzero(mask))
@@ -91,7 +93,7 @@ def _take(draft: Draft, at: np.ndarray, pools: np.ndarray | None) -> np.ndarray 
             return None
     pages = np.empty(len(at), np.int32)
     for pool, mask in wanted:
-        pages[mask] = draft.pool(pool).take(int(np.count_nonzero(mask)))
+        pages[mask] = draft.pool(pool).take(int(np.count_nonzero(mask)), None)
     return pages
 
 
@@ -103,10 +105,15 @@ def _hand_out(state: State, rows: np.ndarray, pages: np.ndarray) -> None:
     pools = state.tables.pools.take(rows)
     first = int(pools[0])
     if len(state.pools) == 1 or (pools == first).all():
-        state.pools[first].take(pages)
-        return
-    for pool in np.unique(pools).tolist():
-        state.pools[pool].take(pages[pools == pool])
+        state.pools[first].take(pages, None)
+    else:
+        for pool in np.unique(pools).tolist():
+            state.pools[pool].take(pages[pools == pool], None)
+    if any(pool.prefix.accounts.of for pool in state.pools):
+        for sequence_id in state.tables.ids[rows].tolist():
+            account = state.sequences[sequence_id].node.account
+            if account is not None:
+                account.pages += 1
 
 
 def apply_grown(state: State, event: ev.SequencesGrown) -> None:

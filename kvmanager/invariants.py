@@ -11,6 +11,7 @@ from kvmanager.pins import pages_of
 from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES
 from kvmanager.state import State, tenant_of
+from kvmanager.tenants import pages_of_tenant
 
 __all__ = ["check_invariants"]
 
@@ -112,6 +113,7 @@ def check_invariants(state: State) -> None:
         if not mapped == pool.prefix.pages_indexed == len(indexed):
             _fail(pool.name, f"page map holds {mapped} pages and counts {pool.prefix.pages_indexed}, the tree {len(indexed)}")
         check_queue(state, pool)
+        check_accounts(state, pool)
     families: dict[int, dict[int, None]] = {}
     for sequence_id in sorted(state.sequences):
         if family := state.sequences[sequence_id].family:
@@ -155,6 +157,29 @@ def check_queue(state: State, pool: Pool) -> None:
         used = [node.last_used for node in nodes]
         if used != sorted(used):
             _fail(pool.name, f"order of eviction: {used} is not the order of last use")
+
+
+def check_accounts(state: State, pool: Pool) -> None:
+    """Each tenant with a quota is charged with what it has, and its own order of eviction is the pool's."""
+    prefix, have = pool.prefix, pages_of_tenant(state, pool)
+    namespaces: dict[bytes, list[bytes]] = {}
+    for namespace in sorted(prefix.roots):
+        namespaces.setdefault(tenant_of(namespace), []).append(namespace)
+    if namespaces != {tenant: sorted(each) for tenant, each in prefix.namespaces.items()}:
+        _fail(pool.name, f"namespaces {prefix.namespaces}, roots {namespaces}")
+    for tenant in {**prefix.namespaces, **have} if prefix.accounts.everybody >= 0 else {}:
+        if tenant not in prefix.accounts.of:
+            _fail(pool.name, f"tenant {tenant!r}: no account, though everybody has a quota")
+    for tenant, account in prefix.accounts.of.items():
+        if account.pages != have.get(tenant, 0):
+            _fail(pool.name, f"tenant {tenant!r}: charged with {account.pages} pages, has {have.get(tenant, 0)}")
+        if account.roots != len(namespaces.get(tenant, [])):
+            _fail(pool.name, f"tenant {tenant!r}: {account.roots} namespaces counted, {len(namespaces.get(tenant, []))} in the index")
+        if list(account.order) != [node for node in prefix.order if node.account is account]:
+            _fail(pool.name, f"tenant {tenant!r}: its order of eviction is not the pool's")
+    for namespace, node in [*prefix.roots.items(), *prefix.walk()]:
+        if node.account is not prefix.accounts.of.get(tenant_of(namespace)):
+            _fail(pool.name, f"index node of page {node.pages[:1]}: not of its tenant's account")
 
 
 def _fail(pool: str, text: str) -> None:

@@ -71,8 +71,14 @@ def begin_life(state: State, config: ManagerConfig, epoch: int) -> ev.EventBatch
         for index, pool in enumerate(config.pools)
         if index >= len(state.pools)
     ]
+    quotas = [
+        ev.QuotaSet(index, b"", 1, pool.tenant_quota)
+        for index, pool in enumerate(config.pools)
+        if pool.tenant_quota >= 0
+        and pool.tenant_quota != (state.pools[index].prefix.accounts.everybody if index < len(state.pools) else -1)
+    ]
     begun = ev.EpochBegun(state.epoch, state.version, config.sequences_max)
-    return ev.EventBatch(max(epoch, state.epoch + 1), first_version(state.version), state.now_ms, [begun, *added])
+    return ev.EventBatch(max(epoch, state.epoch + 1), first_version(state.version), state.now_ms, [begun, *added, *quotas])
 
 
 def begins_after(state: State, batch: ev.EventBatch) -> bool:

@@ -17,11 +17,25 @@ import msgpack
 
 from kvmanager.apply import apply
 from kvmanager.clients import EMBEDDED, is_overdue
-from kvmanager.commands import Ack, Command, Enqueue, Join, Open, Pin, Step, Tick, Tokens, WorkerGone, command_to_wire
+from kvmanager.commands import (
+    Ack,
+    Command,
+    Enqueue,
+    Flush,
+    Join,
+    Open,
+    Pin,
+    SetQuota,
+    Step,
+    Tick,
+    Tokens,
+    WorkerGone,
+    command_to_wire,
+)
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide, stale_number
 from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
-from kvmanager.events import EventBatch, PoolAdded, decode_batch, encode_batch, same_batch
+from kvmanager.events import EventBatch, PoolAdded, QuotaSet, decode_batch, encode_batch, same_batch
 from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
 from kvmanager.journal import Journal, fingerprint
@@ -294,6 +308,23 @@ class Surface:
         """Say that this client is alive, if it has nothing else to say within `ManagerConfig.client_lease_ms`; gives the version."""
         return self._run(Step())["version"]
 
+    # --- for whoever runs the service ----------------------------------------------------------------------------------------
+
+    def set_quota(self, tenant: bytes | None, pages: int | None, pool: str = "") -> int:
+        """So many pages for a tenant, or for every one without a quota of its own (None); gives the version. See `commands.SetQuota`.
+
+        Raises Unknown (pool), TooMany.
+        """
+        return self._run(SetQuota(tenant, pages, pool))["version"]
+
+    def flush(self, tenant: bytes, pool: str = "") -> int:
+        """Forget everything that is cached for a tenant; gives the pages that nobody held. See `commands.Flush`. Raises Unknown (pool)."""
+        return self._run(Flush(tenant, pool))["pages"]
+
+    def tenants(self) -> list[dict[str, Any]]:
+        """Tenants with a quota or pins, by pool: tenant, pages, quota, pinned."""
+        return self._ask({"t": "tenants"})["tenants"]
+
     # --- for workers and whoever watches over them ---------------------------------------------------------------------------
 
     def join(self, name: str, pool: str, layout: str, *, memory: bytes = b"", lease_ms: int = 0) -> int:
@@ -353,7 +384,8 @@ def new_state(config: ManagerConfig, epoch: int) -> tuple[State, EventBatch]:
         PoolAdded(index, pool.name, pool.group, pool.num_pages, pool.page_size, pool.workers, pool.layout)
         for index, pool in enumerate(config.pools)
     ]
-    return state, EventBatch(epoch, 1, 0, list(pools))
+    quotas = [QuotaSet(index, b"", 1, pool.tenant_quota) for index, pool in enumerate(config.pools) if pool.tenant_quota >= 0]
+    return state, EventBatch(epoch, 1, 0, [*pools, *quotas])
 
 
 class KVManager(Surface):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from kvmanager.pool import Pages, Pool
 from kvmanager.prefix import Node
 from kvmanager.sequences import Sequence
-from kvmanager.state import State
+from kvmanager.state import State, tenant_of
 
 __all__ = ["let_go", "note_place", "note_publishable"]
 
 
-def let_go(state: State, pool: Pool, pages: Pages, indexed: int, node: Node | None) -> None:
-    """One owner of `pages` less, the first `indexed` of which lead in the index and end at `node`."""
+def let_go(state: State, pool: Pool, namespace: bytes, pages: Pages, indexed: int, node: Node | None) -> None:
+    """One owner of `pages` less, the first `indexed` of which lead in the namespace's index and end at `node`."""
     pool.unshare(pages[:indexed])  # those without an owner are cached now
-    pool.put_in_quarantine(state.version, pool.unshare(pages[indexed:]))
+    account = node.account if node is not None else pool.prefix.accounts.of.get(tenant_of(namespace))
+    pool.put_in_quarantine(state.version, pool.unshare(pages[indexed:]), account)
     if node is not None:
         pool.prefix.release(node, state.version)
 
@@ -21,7 +22,7 @@ def let_go(state: State, pool: Pool, pages: Pages, indexed: int, node: Node | No
 def note_publishable(state: State, sequence: Sequence) -> None:
     """Keep the pool's list of sequences that have something to publish."""
     publishable = state.pools[sequence.pool].publishable
-    if state.publishable_pages(sequence, state.written(sequence)) > sequence.published:
+    if not sequence.unlisted and state.publishable_pages(sequence, state.written(sequence)) > sequence.published:
         publishable[sequence.sequence_id] = None
     else:
         publishable.pop(sequence.sequence_id, None)
@@ -30,4 +31,5 @@ def note_publishable(state: State, sequence: Sequence) -> None:
 def note_place(state: State, sequence: Sequence) -> None:
     """Its indexed pages end elsewhere, or more of its tokens are known: others may wait for another page of it now."""
     pool = state.pools[sequence.pool]
-    pool.inflight.note(sequence, pool.prefix.page_bytes, state.now_ms)
+    if not sequence.unlisted:
+        pool.inflight.note(sequence, pool.prefix.page_bytes, state.now_ms)

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from kvmanager.accounts import Account
 from kvmanager.arrivals import Arrivals
 from kvmanager.errors import InvariantBroken
 from kvmanager.inflight import InFlight
@@ -117,8 +118,8 @@ class Pool:
 
     # --- changes: called by apply only ---------------------------------------------------------------------------------------
 
-    def take(self, pages: Pages) -> None:
-        """Hand out free pages, in the order in which they leave the stack; each gets its first owner."""
+    def take(self, pages: Pages, account: Account | None) -> None:
+        """Hand out free pages to a tenant, in the order in which they leave the stack; each gets its first owner."""
         count = len(pages)
         if not count:
             return
@@ -127,6 +128,8 @@ class Pool:
         self.free.drop(count)
         self.refs[pages] = 1
         self.used += count
+        if account is not None:
+            account.pages += count
 
     def share(self, pages: Pages) -> None:
         """One more owner for pages that are used or cached."""
@@ -149,17 +152,21 @@ class Pool:
         self.used -= len(loose)
         return loose
 
-    def put_in_quarantine(self, version: int, pages: Pages) -> None:
+    def put_in_quarantine(self, version: int, pages: Pages, account: Account | None) -> None:
+        """Pages that were this tenant's are nobody's now."""
         if len(pages):
             self.quarantine[self.next_serial] = Quarantined(version, np.array(pages, np.int32))
             self.next_serial += 1
             self.quarantined += len(pages)
+            if account is not None:
+                account.pages -= len(pages)
+                self.prefix.accounts.settle(account)
 
     def hold_free(self, version: int) -> None:
         """Quarantine everything that is free, and what is in quarantine for as long: by a lost end of the log it may have been handed out."""
         held = [*(entry.pages for entry in self.quarantine.values()), self.free.array()]
         self.quarantine, self.quarantined = {}, 0
-        self.put_in_quarantine(version, np.concatenate(held))
+        self.put_in_quarantine(version, np.concatenate(held), None)
         self.free.drop(len(self.free))
 
     def release(self, serial: int) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kvmanager.accounts import Account, Accounts, tenant_of
 from kvmanager.errors import InvariantBroken
 from kvmanager.eviction import PRIORITY_MIN, EvictionOrder
 from kvmanager.queue_hint import Waiters, WaitingQueue
@@ -35,7 +36,7 @@ class Node:
     its `tokens` are its namespace.
     """
 
-    __slots__ = ("children", "ids", "last_used", "parent", "pins", "priority", "refs", "sought", "tokens", "waiters")
+    __slots__ = ("account", "children", "ids", "last_used", "parent", "pins", "priority", "refs", "sought", "tokens", "waiters")
 
     def __init__(self, parent: Node | None, tokens: bytes, ids: bytes) -> None:
         self.parent = parent
@@ -46,6 +47,7 @@ class Node:
         self.last_used = 0
         self.priority = PRIORITY_MIN  # whoever holds it raises it
         self.pins = 0  # pins among its holders
+        self.account: Account | None = parent.account if parent is not None else None  # its tenant's, if that has a quota
         self.waiters: Waiters | None = None  # prompts in the queue that would use its pages, nearest first
         self.sought: dict[bytes, Waiters] | None = None  # those that end here, by the page that they would use next
 
@@ -99,15 +101,17 @@ class PrefixIndex:
         self.pages_indexed = 0
         self.order = EvictionOrder()
         self.queue = WaitingQueue(self)
+        self.accounts = Accounts()
+        self.namespaces: dict[bytes, dict[bytes, None]] = {}  # tenant -> its namespaces in `roots`
 
-    def victims(self, acked: int) -> Iterator[Node]:
-        """Nodes that may be evicted once all their children are, first to go first.
+    def victims(self, acked: int, account: Account | None = None) -> Iterator[Node]:
+        """Nodes, or those of one account, that may be evicted once all their children are, first to go first.
 
         A page is safe to reuse only if every worker has acknowledged the version in which it lost its last owner: until then a step
         in flight may read it.
         """
-        yield from self.order.victims(acked)
-        yield from self.queue.victims(acked)
+        yield from (self.order if account is None else account.order).victims(acked)
+        yield from self.queue.victims(acked, account)
 
     # --- reading -------------------------------------------------------------------------------------------------------------
 
@@ -154,6 +158,9 @@ class PrefixIndex:
         root = self.roots.get(namespace)
         if root is None:
             root = self.roots[namespace] = Node(None, namespace, b"")
+            tenant = tenant_of(namespace)
+            self.namespaces.setdefault(tenant, {})[namespace] = None
+            root.account = self.accounts.enter(tenant)
         root.refs += 1
         return root
 
@@ -162,7 +169,19 @@ class PrefixIndex:
         root = self.roots[namespace]
         root.refs -= 1
         if not root.refs and not root.children:
-            del self.roots[namespace]
+            self._uproot(root)
+
+    def _uproot(self, root: Node) -> None:
+        """Nobody is in the namespace any more."""
+        del self.roots[root.tokens]
+        tenant = tenant_of(root.tokens)
+        left = self.namespaces[tenant]
+        del left[root.tokens]
+        if not left:
+            del self.namespaces[tenant]
+        if root.account is not None:
+            root.account.roots -= 1
+            self.accounts.settle(root.account)
 
     def acquire(self, namespace: bytes, pages: np.ndarray, version: int, priority: int) -> Node:
         """Enter the namespace and hold these pages, which lead in it; gives the node where they end.
@@ -202,11 +221,15 @@ class PrefixIndex:
     def withhold(self, node: Node) -> None:
         """It is held or spared from now on: not in the order of eviction."""
         self.order.discard(node)
+        if node.account is not None:
+            node.account.order.discard(node)
 
     def loosen(self, node: Node) -> None:
         """Nobody holds it any more: the last in the order of eviction, unless it is spared for the queue."""
         if node.waiters is None:
             self.order.add(node)
+            if node.account is not None:
+                node.account.order.add(node)
 
     def release(self, node: Node, version: int) -> None:
         """One holder less. Nodes that nobody holds any more stay cached."""
@@ -246,6 +269,8 @@ class PrefixIndex:
             each.last_used = version
             if each.waiters is None:
                 self.order.touch(each)
+                if each.account is not None:
+                    each.account.order.touch(each)
 
     def split(self, node: Node, page_count: int) -> Node:
         """The node that ends after `page_count` pages of `node`: itself, or a new parent that takes those pages over.
@@ -319,28 +344,43 @@ class PrefixIndex:
     def _cut(self, node: Node, count: int) -> None:
         """Forget the last `count` pages of a free leaf."""
         self.queue.cut(node, node.count - count)
+        if node.account is not None:
+            node.account.pages -= count
         if count < node.count:
             node.ids = node.ids[: -count * ID_BYTES]
             node.tokens = node.tokens[: -count * self.page_bytes]
             return
-        self.order.discard(node)
+        self.withhold(node)
         parent = node.parent
         if parent is None:
             raise InvariantBroken("prefix index: the root has no pages to forget")
         del parent.children[node.tokens[: self.page_bytes]]
         if parent.parent is None and not parent.children and not parent.refs:
-            del self.roots[parent.tokens]
+            self._uproot(parent)
 
-    def drop_all(self) -> np.ndarray:
-        """Forget everything (the pool's memory is gone); gives the cached pages. No node may be held, no sequence open."""
-        nodes = [node for _, node in self.walk()]
-        if any(node.refs for node in nodes):
-            raise InvariantBroken("prefix index: dropped while somebody holds pages")
-        loose = np.frombuffer(b"".join([node.ids for node in nodes]), PAGE_ID)
-        self.roots, self.order = {}, EvictionOrder()
-        self.node_of, self.pages_indexed = np.empty(self.num_pages, object), 0
-        self.queue.start_over()
-        return loose
+    def nodes_of(self, tenant: bytes) -> list[Node]:
+        """All nodes of a tenant, its roots first, parents before children, in an order that depends on content alone."""
+        nodes = [self.roots[namespace] for namespace in sorted(self.namespaces.get(tenant, {}))]
+        for node in nodes:
+            nodes += [node.children[key] for key in sorted(node.children)]
+        return nodes
+
+    def forget(self, tenant: bytes) -> np.ndarray:
+        """Forget what a tenant has in the index; gives those pages. Holders that go on do so without: they are given the bare root."""
+        nodes = self.nodes_of(tenant)
+        roots = {node.tokens: node for node in nodes if node.parent is None}
+        for node in nodes[len(roots) :]:
+            self.withhold(node)
+        pages = np.frombuffer(b"".join([node.ids for node in nodes]), PAGE_ID)
+        self.node_of[pages] = None
+        self.pages_indexed -= len(pages)
+        for root in roots.values():
+            root.children, root.sought = {}, None
+        self.queue.start_over(roots)
+        for root in roots.values():
+            if not root.refs:
+                self._uproot(root)
+        return pages
 
     def walk(self) -> Iterator[tuple[bytes, Node]]:
         """All nodes, parents first, in an order that depends on content alone: (namespace, node)."""

@@ -17,6 +17,7 @@ from kvmanager.pins import list_pins
 from kvmanager.preview import answer_dry_run
 from kvmanager.snapshot import snapshot, tables_snapshot
 from kvmanager.state import State
+from kvmanager.tenants import list_tenants
 
 __all__ = ["QUERIES", "answer", "is_query", "pool_stats"]
 
@@ -66,6 +67,10 @@ def _pins(state: State, message: Message, now_ms: int) -> dict[str, Any]:
     return {"pins": list_pins(state, tenant, now_ms)}
 
 
+def _tenants(state: State, message: Message, now_ms: int) -> dict[str, Any]:
+    return {"tenants": list_tenants(state)}
+
+
 # kind -> the function that reads its fields, checks them (InvalidValue naming the field) and answers
 QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {
     "stats": _stats,
@@ -73,6 +78,7 @@ QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {
     "tables": _tables,
     "pins": _pins,
     "dry_run": answer_dry_run,
+    "tenants": _tenants,
 }
 
 

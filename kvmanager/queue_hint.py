@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from kvmanager.errors import InvariantBroken
 
 if TYPE_CHECKING:
+    from kvmanager.accounts import Account
     from kvmanager.prefix import Node, PrefixIndex
 
 __all__ = ["Prompt", "Waiters", "Waiting", "WaitingQueue"]
@@ -62,10 +63,12 @@ class WaitingQueue:
         self.prefix = prefix
         self.entries: Waiters = OrderedDict()
 
-    def victims(self, acked: int) -> Iterator[Node]:
-        """Spared nodes that nobody holds and whose last use every worker has acknowledged, first to go first."""
+    def victims(self, acked: int, account: Account | None = None) -> Iterator[Node]:
+        """Spared nodes, or those of one account, that nobody holds and whose last use every worker has acknowledged, first to go first."""
         for waiting in reversed(self.entries.values()):
             node = waiting.node
+            if account is not None and node.account is not account:
+                continue
             while node.waiters is not None and not node.refs and next(iter(node.waiters)) == waiting.waiting_id:
                 if node.last_used > acked:
                     break  # and what is above was used no earlier
@@ -135,11 +138,12 @@ class WaitingQueue:
         if lower.waiters is not None:
             upper.waiters = OrderedDict(lower.waiters)
 
-    def start_over(self) -> None:
-        """The whole index was dropped, roots and all: everybody waits for everything."""
+    def start_over(self, roots: dict[bytes, Node]) -> None:
+        """The index has nothing any more below these roots: who waits there waits for everything."""
         for waiting in self.entries.values():
-            waiting.node, waiting.at = self.prefix.enter(waiting.namespace), 0
-            self._seek(waiting, False)
+            if waiting.namespace in roots:
+                waiting.node, waiting.at = roots[waiting.namespace], 0
+                self._seek(waiting, False)
 
     def _advance(self, waiting: Waiting, front: bool) -> None:
         """Follow the prompt's pages down the tree as far as they are cached."""

@@ -37,6 +37,7 @@ class Sequence:
     handoff     the active handoff, 0 if none; sealed sequences do not grow
     holds       handoffs that still hold the source pages: their ids must not be swapped
     priority    of its pages, once they are cached (see eviction)
+    unlisted    what its tenant had cached was flushed: its pages do not enter the prefix index any more
     shared      leading pages that a fork may own as well (see forks); at least those that it does
     family      the sequences forked from each other that this one belongs to, 0 if none
     reserved    leading pages that stay in the table however short the sequence is cut
@@ -56,6 +57,7 @@ class Sequence:
     sealed: bool = False
     holds: int = 0
     priority: int = 0
+    unlisted: bool = False
     shared: int = 0
     family: int = 0
     reserved: int = 0

@@ -29,6 +29,12 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
         events.append(ev.WorkerJoined(worker.worker_id, worker.name, worker.pool, worker.layout, worker.memory, worker.lease_ms))
         events.append(ev.WorkerRestored(worker.worker_id, worker.acked, worker.deadline_ms, int(worker.fenced)))
     for pool in state.pools:
+        accounts = pool.prefix.accounts
+        if accounts.everybody >= 0:
+            events.append(ev.QuotaSet(pool.index, b"", 1, accounts.everybody))
+        for tenant in sorted(accounts.of):
+            account = accounts.of[tenant]
+            events.append(ev.AccountRestored(pool.index, tenant, account.quota, int(account.own), account.pages))
         numbered: dict[Node, int] = {}
         for namespace, node in pool.prefix.walk() if with_index else ():
             numbered[node] = len(numbered) + 1
@@ -82,7 +88,7 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
                 sequence.priority,
             )
         )
-        if sequence.family or sequence.shared or sequence.reserved or sequence.cut_floor or sequence.cuts:
+        if sequence.family or sequence.shared or sequence.reserved or sequence.cut_floor or sequence.cuts or sequence.unlisted:
             events.append(
                 ev.SequenceMarksRestored(
                     sequence_id,
@@ -90,6 +96,7 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
                     sequence.shared,
                     sequence.reserved,
                     sequence.cut_floor,
+                    int(sequence.unlisted),
                     np.array([version for version, _ in sequence.cuts], np.int64),
                     np.array([length for _, length in sequence.cuts], np.int64),
                 )

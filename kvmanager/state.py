@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvmanager.accounts import tenant_of
 from kvmanager.config import ManagerConfig
 from kvmanager.errors import Fenced, Unknown
 from kvmanager.handoff import Handoff
@@ -88,11 +89,6 @@ class PinHeld:
 def encode_namespace(tenant: bytes, extra: bytes) -> bytes:
     """Key of everything that may share pages: tenant salt and extra key (LoRA id, image hash). Injective: lengths lead."""
     return struct.pack("<HH", len(tenant), len(extra)) + tenant + extra
-
-
-def tenant_of(namespace: bytes) -> bytes:
-    """The tenant salt in a namespace."""
-    return namespace[4 : 4 + int.from_bytes(namespace[:2], "little")]
 
 
 class State:

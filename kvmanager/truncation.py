@@ -62,7 +62,7 @@ def decide_truncated(draft: Draft) -> None:
     if not cuts:
         return
     for index, wanted in draft.cut_pages.items():
-        taken = iter(draft.pool(index).take(wanted).tolist())
+        taken = iter(draft.pool(index).take(wanted, None).tolist())
         for sequence_id, cut in cuts.items():
             if cut.source >= 0 and draft.state.sequences[sequence_id].pool == index:
                 cuts[sequence_id] = cut._replace(target=next(taken))
@@ -90,8 +90,8 @@ def apply_truncated(state: State, event: ev.SequencesTruncated) -> None:
             indexed = max(sequence.published - start, 0)
             pool.unshare(gone[:indexed])  # those without an owner are cached now
             if target >= 0:
-                pool.take([target])
-            pool.put_in_quarantine(state.version, pool.unshare(gone[indexed:]))
+                pool.take([target], sequence.node.account)
+            pool.put_in_quarantine(state.version, pool.unshare(gone[indexed:]), sequence.node.account)
         if full < sequence.published:
             sequence.node = pool.prefix.shorten(sequence.node, sequence.published - full, state.version)
             sequence.published = full

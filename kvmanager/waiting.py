@@ -53,7 +53,7 @@ def dequeue(draft: Draft, waiting_id: int) -> None:
 def leave_queue(draft: Draft, waiting_id: int) -> bool:
     """The prompt waits no longer; false if it did not. A hint that is gone is no reason to refuse anything."""
     prompt = draft.state.waiting.get(waiting_id)
-    if prompt is None or waiting_id in draft.dequeued:
+    if prompt is None or waiting_id in draft.dequeued or prompt.client in draft.forgotten:
         return False
     draft.dequeued[waiting_id] = None
     draft.waiting_change -= len(prompt.tokens) // TOKEN_BYTES

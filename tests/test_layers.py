@@ -29,6 +29,8 @@ STATE_MACHINE = {
         "queue_hint",
         "waiting",
         "pins",
+        "accounts",
+        "tenants",
         "sequences",
         "handoff",
         "state",

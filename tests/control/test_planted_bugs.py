@@ -59,7 +59,7 @@ def fenced_worker_holds_nothing(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def eviction_ignores_acks(patch: pytest.MonkeyPatch) -> None:
-    def victims(self: PoolDraft) -> Iterator[tuple[Node, int]]:
+    def victims(self: PoolDraft, account: Any = None) -> Iterator[tuple[Node, int]]:
         for node in self.pool.prefix.order:
             loose = self.trimmed.get(node, node.count) - self.pinned.get(node, 0)
             if loose > 0:
