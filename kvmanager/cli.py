@@ -113,6 +113,9 @@ def main() -> None:
 @click.option("--lease-ms", type=int, help="Silence after which a worker is fenced.")
 @click.option("--journal", type=click.Path(), help="Folder of the journal: sequences, prefixes and pages outlive a restart.")
 @click.option("--fsync", type=click.Choice(FSYNC), default="never", show_default=True, help="never: killed processes; others: lost hosts.")
+@click.option(
+    "--segments-kept", type=click.IntRange(1, 1 << 20), default=2, show_default=True, help="Files of the journal to keep, for inspect."
+)
 def serve(
     config_path: str | None,
     pools: tuple[str, ...],
@@ -121,6 +124,7 @@ def serve(
     lease_ms: int | None,
     journal: str | None,
     fsync: str,
+    segments_kept: int,
 ) -> None:
     """Run a manager that owns pages and publishes block tables.
 
@@ -130,7 +134,7 @@ def serve(
     config = _build_config(config_path, pools, lease_ms)
     # Without a journal nothing is kept over a restart, so the next life must never look like this one: replicas tell them apart by the epoch.
     epoch = time.time_ns() // 1_000_000
-    manager = KVManager(config, epoch=epoch, journal=Journal(journal, fsync=fsync) if journal else None)
+    manager = KVManager(config, epoch=epoch, journal=Journal(journal, fsync=fsync, segments_kept=segments_kept) if journal else None)
     server = Server(manager, address=address or default_address("requests"), publish=publish or default_address("log"))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())

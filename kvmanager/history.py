@@ -18,6 +18,7 @@ from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import BadMessage, InvalidValue, InvariantBroken, JournalCorrupt
 from kvmanager.files import Files
 from kvmanager.journal import Segment, segment_names
+from kvmanager.pins import pages_of
 from kvmanager.pool import Pool
 from kvmanager.queries import pool_stats
 from kvmanager.sequences import slot_of
@@ -33,9 +34,9 @@ _MOVE_NO_PAGE = (ev.GrownAgain, ev.WorkerAcked, ev.SequencesWritten, ev.TokensAp
 
 
 class Holding(NamedTuple):
-    """Why a page is what it is: kind is "free", "sequence", "index", "handoff" or "quarantine".
+    """Why a page is what it is: kind is "free", "sequence", "index", "handoff", "pin" or "quarantine".
 
-    ident   sequence or handoff id; the freeing version of a quarantined page
+    ident   sequence, handoff or pin id; the freeing version of a quarantined page
     tokens  [first, last) token positions that the page holds for it; None where that means nothing
     note    tenant, or the side of a handoff
     """
@@ -89,8 +90,8 @@ def holdings(state: State, pool: Pool, page: int) -> list[Holding]:
         above = list(node.path())
         place = sum(each.count for each in above[1:]) + node.pages.index(page)
         root = above[-1].parent
-        tenant = split_namespace(root.tokens)[0] if root is not None else b""
-        found.append(Holding("index", 0, span(place), show_bytes(tenant)))
+        salt = split_namespace(root.tokens)[0] if root is not None else b""
+        found.append(Holding("index", 0, span(place), show_bytes(salt)))
     for handoff in state.handoffs.values():
         for side, index, pages in (
             ("source", handoff.source, handoff.source_pages),
@@ -99,6 +100,11 @@ def holdings(state: State, pool: Pool, page: int) -> list[Holding]:
             if index == pool.index:
                 places_held = np.flatnonzero(np.asarray(pages, np.int64) == page).tolist()
                 found += [Holding("handoff", handoff.handoff_id, span(place), side) for place in places_held]
+    for held in state.pins.values():
+        if held.pool == pool.index:
+            places_held = np.flatnonzero(pages_of(held) == page).tolist()
+            tenant = split_namespace(held.namespace)[0]
+            found += [Holding("pin", held.pin_id, span(place), show_bytes(tenant)) for place in places_held]
     for entry in pool.quarantine.values():
         if (np.asarray(entry.pages) == page).any():
             found.append(Holding("quarantine", entry.version, None, ""))

@@ -78,7 +78,7 @@ def replay(config: ManagerConfig, segment: Segment, tail: LogTail | None = None)
     """The state at the end of a segment, and how many batches led to it. Raises JournalCorrupt."""
     at = segment.start
     try:
-        state = load_snapshot(config, decode_batch(bytes(segment.snapshot)))
+        state = load_snapshot(config, decode_batch(segment.snapshot))
         if tail is not None:
             tail.begin(state.version)
         records = 0

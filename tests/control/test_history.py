@@ -100,6 +100,17 @@ def test_a_page_s_tokens_are_those_of_its_place(lives: tuple[Recorded, MemoryFil
             assert sequence.sequence_id in [each.ident for each in now]
 
 
+def test_a_pin_is_a_holder() -> None:
+    life = Life(MemoryFiles())
+    life.join()
+    life.kv.open(np.arange(40, dtype=np.int32), "main", chunk=40)
+    life.acknowledge()
+    pin = life.kv.pin(np.arange(32, dtype=np.int32), "main").pin
+    watch = PageWatch("main", 0)
+    History("/journal", life.files).replay(None, watch)
+    assert ("pin", pin, (0, 16)) in [each.holding[:3] for each in watch.intervals if each.end is None]
+
+
 def test_sequence_that_was_closed_is_shown_as_it_last_was(lives: tuple[Recorded, MemoryFiles]) -> None:
     life, files = lives
     state = History("/journal", files).replay(20)
