@@ -535,7 +535,7 @@ def _no_ext(code: int, data: bytes) -> object:
     raise BadMessage(f"message: expected no extension types, got type {code}")
 
 
-def unpack(data: bytes) -> Any:
+def unpack(data: bytes | memoryview) -> Any:
     """The one msgpack value in `data`. Raises BadMessage. Allocates for what is there, not for what a length field claims."""
     try:
         if len(data) > SMALL_BYTES:
@@ -590,7 +590,7 @@ def encode_batch(batch: EventBatch) -> bytes:
     return msgpack.packb([batch.epoch, batch.version, batch.now_ms, [_pack(event) for event in batch.events]], use_bin_type=True)
 
 
-def decode_batch(data: bytes) -> EventBatch:
+def decode_batch(data: bytes | memoryview) -> EventBatch:
     """The batch in `data`. Raises BadMessage for anything that is not exactly one."""
     message = unpack(data)
     if type(message) is not list or [*map(type, message)] != [int, int, int, list]:
