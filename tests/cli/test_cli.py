@@ -330,7 +330,7 @@ def test_every_command_has_a_help_test() -> None:
     """A new command gets its line above, or in the tests of its own."""
     from kvmanager.cli import main
 
-    assert sorted(main.commands) == ["demo", "inspect", "replay", "serve", "stats"]
+    assert sorted(main.commands) == ["demo", "inspect", "replay", "serve", "simulate", "stats"]
 
 
 def test_version_is_the_package_s(run: Run) -> None:
