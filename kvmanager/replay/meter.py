@@ -1,6 +1,6 @@
 """Meter: a manager's public calls with a stopwatch beside them, and what a run adds up.
 
-What is timed is the manager alone - decide, encode, decode, apply, reply - and neither the making of prompts nor the simulated workers.
+What is timed is the manager alone - check, decide, encode, decode, apply, reply - and neither the making of prompts nor the simulated workers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmanager.commands import Enqueue, Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.events import EventBatch, PagesEvicted
 from kvmanager.manager import KVManager, StepReply
@@ -100,9 +101,10 @@ class Meter:
     def join(self, pool: str) -> int:
         return self.manager.join(f"worker of {pool}", pool, "replay")
 
-    def step(self, **items: Any) -> StepReply:
+    def step(self, *, opens: Sequence[dict[str, Any]] = (), enqueue: Sequence[dict[str, Any]] = (), **items: Any) -> StepReply:
+        """As the manager's, with the arguments of each Open and Enqueue: checking a prompt's tokens is part of what a step costs."""
         start = time.perf_counter()
-        reply = self.manager.step(**items)
+        reply = self.manager.step(opens=[Open(**each) for each in opens], enqueue=[Enqueue(**each) for each in enqueue], **items)
         self.step_us.append((time.perf_counter() - start) * 1e6)
         return reply
 

@@ -20,7 +20,6 @@ from itertools import islice
 
 import numpy as np
 
-from kvmanager.commands import Enqueue, Open
 from kvmanager.config import PoolConfig
 from kvmanager.errors import InvalidValue, InvariantBroken, OutOfPages, PrefixPending, SequenceTooLarge
 from kvmanager.manager import Opened
@@ -177,9 +176,9 @@ class ConcurrentRun:
             tokens=self._telling,
             grow=[running.sequence for _, running in growing],
             grow_counts=counts,
-            opens=[Open(job.prompt(), group=GROUP, chunk=self.load.chunk, waiting=job.waiting) for job in heads],
+            opens=[{"tokens": job.prompt(), "group": GROUP, "chunk": self.load.chunk, "waiting": job.waiting} for job in heads],
             dequeue=self._leaving,
-            enqueue=[Enqueue(job.prompt(), group=GROUP, front=at < len(ahead)) for at, job in enumerate(told)],
+            enqueue=[{"tokens": job.prompt(), "group": GROUP, "front": at < len(ahead)} for at, job in enumerate(told)],
         )
         for name in self._closing:
             self.pools[name].closed_at = reply.version

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kvmanager.commands import Enqueue, Open
 from kvmanager.config import PoolConfig
 from kvmanager.errors import SequenceTooLarge
 from kvmanager.replay.meter import Meter
@@ -45,16 +44,16 @@ class SequentialRun:
         for done, request in enumerate(self.requests, 1):
             whole = request.input_length // size
             waited = waiting.popleft() if waiting else 0
-            opening = Open(self._prompt(request), "pool", waiting=waited)
+            opening = {"tokens": self._prompt(request), "pool": "pool", "waiting": waited}
             told = self.requests[done + len(waiting) : done + self.queue]
-            reply = meter.step(close=running, opens=[opening], enqueue=[Enqueue(self._prompt(each), "pool") for each in told])
+            reply = meter.step(close=running, opens=[opening], enqueue=[{"tokens": self._prompt(each), "pool": "pool"} for each in told])
             waiting += reply.queued
             counts.requests += 1
+            for refusal in reply.refused:
+                if not isinstance(refusal.error, SequenceTooLarge):
+                    raise refusal.error
             opened, running = reply.opened[0], []
             if opened is None:
-                error = reply.refused[0].error
-                if not isinstance(error, SequenceTooLarge):
-                    raise error
                 if waited:  # what is refused still waits
                     meter.step(dequeue=[waited])
                 counts.too_large += 1
