@@ -58,7 +58,8 @@ def apply(state: State, batch: ev.EventBatch, restoring: Restoring | None = None
 
 
 def _pool_added(state: State, event: ev.PoolAdded) -> None:
-    pool = Pool(event.pool, event.name, event.group, event.num_pages, event.page_size, event.workers, event.layout)
+    bytes_max = state.config.remnants_bytes_max
+    pool = Pool(event.pool, event.name, event.group, event.num_pages, event.page_size, event.workers, event.layout, bytes_max)
     state.pools.append(pool)
     state.groups.setdefault(event.group, []).append(pool)
     state.pool_workers.append([])
@@ -172,7 +173,7 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
 
 
 def _pages_evicted(state: State, event: ev.PagesEvicted) -> None:
-    state.pools[event.pool].evict(event.pages)
+    state.pools[event.pool].evict(event.pages, state.version)
 
 
 def _pages_released(state: State, event: ev.PagesReleased) -> None:
@@ -190,6 +191,7 @@ def _index_dropped(state: State, event: ev.IndexDropped) -> None:
         account = pool.prefix.accounts.of.get(tenant)
         pages = pool.prefix.forget(tenant)
         pool.put_in_quarantine(state.version, pages[pool.refs[pages] == 0], account)
+    pool.prefix.remnants.lost(state.version)
 
 
 # --- handoff ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ __all__ = [
     "Tick",
     "WorkerGone",
     "as_tokens",
+    "check_prompt",
     "command_from_wire",
     "command_to_wire",
 ]
@@ -151,7 +152,7 @@ class Open:
     waiting: int = 0
 
     def __post_init__(self) -> None:
-        _check_prompt("open", self)
+        check_prompt("open", self)
         check_int("open.chunk", self.chunk, 0, 1 << 24)
         if not isinstance(self.wait, bool):
             raise InvalidValue("open.wait", "true or false", repr(self.wait)[:80])
@@ -159,7 +160,7 @@ class Open:
         check_int("open.waiting", self.waiting, 0, INT64_MAX)
 
 
-def _check_prompt(name: str, prompt: Any) -> None:
+def check_prompt(name: str, prompt: Any) -> None:
     """What Open and Enqueue have in common."""
     tokens = as_tokens(f"{name}.tokens", prompt.tokens)
     if not len(tokens):
@@ -193,7 +194,7 @@ class Enqueue:
     front: bool = False
 
     def __post_init__(self) -> None:
-        _check_prompt("enqueue", self)
+        check_prompt("enqueue", self)
         if not isinstance(self.front, bool):
             raise InvalidValue("enqueue.front", "true or false", repr(self.front)[:80])
 

@@ -80,6 +80,8 @@ class ManagerConfig:
     inflight_wait_ms     a prompt waits for pages that another sequence computes while that puts a page into the index at least this
                          often; 0: nobody ever waits
     inflight_tokens_min  and only for at least so many tokens
+    remnants_bytes_max   what a pool remembers of evicted prefixes for `explain`
+    explain_across_tenants   whether `explain` may say that another tenant has the same tokens cached
     placement            how an open that names a group gets its pool: "prefix" by match and load (see placement), or "round_robin"
     placement_match_weight, placement_load_weight   of a cached token and of a token of load, in 0..1,000,000
     """
@@ -104,6 +106,8 @@ class ManagerConfig:
     log_bytes_max: int = 4 << 20
     inflight_wait_ms: int = 2_000
     inflight_tokens_min: int = 1
+    remnants_bytes_max: int = 4 << 20
+    explain_across_tenants: bool = False
     placement: str = "prefix"
     placement_match_weight: int = 1
     placement_load_weight: int = 1
@@ -137,6 +141,9 @@ class ManagerConfig:
         check_int("log_bytes_max", self.log_bytes_max, 0, 1 << 30)
         check_int("inflight_wait_ms", self.inflight_wait_ms, 0, 86_400_000)
         check_int("inflight_tokens_min", self.inflight_tokens_min, 1, 1 << 24)
+        check_int("remnants_bytes_max", self.remnants_bytes_max, 0, 1 << 40)
+        if not isinstance(self.explain_across_tenants, bool):
+            raise InvalidValue("explain_across_tenants", "true or false", repr(self.explain_across_tenants)[:80])
         if self.placement not in PLACEMENTS:
             raise InvalidValue("placement", f"one of {', '.join(PLACEMENTS)}", repr(self.placement)[:80])
         check_int("placement_match_weight", self.placement_match_weight, 0, 1_000_000)

@@ -30,12 +30,14 @@ from kvmanager.commands import (
     Tick,
     Tokens,
     WorkerGone,
+    as_tokens,
     command_to_wire,
 )
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide, stale_number
 from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
 from kvmanager.events import EventBatch, PoolAdded, QuotaSet, decode_batch, encode_batch, same_batch
+from kvmanager.explain import Explanation
 from kvmanager.handoff import HandoffState
 from kvmanager.invariants import check_invariants
 from kvmanager.journal import Journal, fingerprint
@@ -371,6 +373,15 @@ class Surface:
         Raises ReplicaGap if some are gone, StaleEpoch if it has seen what the manager's log does not hold: it has to take a snapshot.
         """
         return self._ask({"t": "batches", "epoch": epoch, "version": version})["batches"]
+
+    def explain(self, tokens: Tokens, pool: str = "", *, tenant: bytes = b"", extra: bytes = b"", group: str = "") -> list[Explanation]:
+        """Why no more of a prompt is found in the cache of a pool, or of each pool of a group. See `kvmanager.explain` for the reasons.
+
+        Raises InvalidValue, Unknown (pool, group).
+        """
+        data = as_tokens("explain.tokens", tokens).tobytes()
+        answer = self._ask({"t": "explain", "tokens": data, "pool": pool, "tenant": tenant, "extra": extra, "group": group})
+        return [Explanation(*row) for row in answer["pools"]]
 
     def tables_snapshot(self) -> bytes:
         """The part of the manager's state that a replica starts from: tables, workers, handoffs."""

@@ -87,7 +87,9 @@ class PoolCounts:
 
 
 class Pool:
-    def __init__(self, index: int, name: str, group: str, num_pages: int, page_size: int, workers: int, layout: str) -> None:
+    def __init__(
+        self, index: int, name: str, group: str, num_pages: int, page_size: int, workers: int, layout: str, remnants_bytes_max: int
+    ) -> None:
         self.index = index
         self.name = name
         self.group = group
@@ -102,7 +104,7 @@ class Pool:
         self.quarantine: dict[int, Quarantined] = {}  # by serial, oldest first
         self.next_serial = 1
         self.quarantined = 0
-        self.prefix = PrefixIndex(page_size, num_pages)
+        self.prefix = PrefixIndex(page_size, num_pages, remnants_bytes_max)
         self.inflight = InFlight()
         self.pinned: dict[bytes, int] = {}  # tenant -> distinct pages that its pins hold
         self.arrivals = Arrivals()
@@ -175,10 +177,10 @@ class Pool:
         self.quarantined -= len(entry.pages)
         self.free.push(entry.pages)
 
-    def evict(self, pages: np.ndarray) -> None:
+    def evict(self, pages: np.ndarray, version: int) -> None:
         """Cached pages become free."""
         if self.refs[pages].any():
             page = int(pages[int(np.argmax(self.refs[pages]))])
             raise InvariantBroken(f"pool {self.name}: page {page} evicted while {int(self.refs[page])} owners hold it")
-        self.prefix.evict(pages)
+        self.prefix.evict(pages, version)
         self.free.push(pages)

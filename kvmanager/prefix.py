@@ -20,6 +20,7 @@ from kvmanager.accounts import Account, Accounts, tenant_of
 from kvmanager.errors import InvariantBroken
 from kvmanager.eviction import PRIORITY_MIN, EvictionOrder
 from kvmanager.queue_hint import Waiters, WaitingQueue
+from kvmanager.remnants import Remnants
 
 __all__ = ["TOKEN_BYTES", "Match", "Node", "PrefixIndex"]
 
@@ -36,7 +37,7 @@ class Node:
     its `tokens` are its namespace.
     """
 
-    __slots__ = ("account", "children", "ids", "last_used", "parent", "pins", "priority", "refs", "sought", "tokens", "waiters")
+    __slots__ = ("account", "children", "ids", "last_used", "marks", "parent", "pins", "priority", "refs", "sought", "tokens", "waiters")
 
     def __init__(self, parent: Node | None, tokens: bytes, ids: bytes) -> None:
         self.parent = parent
@@ -48,6 +49,7 @@ class Node:
         self.priority = PRIORITY_MIN  # whoever holds it raises it
         self.pins = 0  # pins among its holders
         self.account: Account | None = parent.account if parent is not None else None  # its tenant's, if that has a quota
+        self.marks: dict[int, int] | None = None  # see remnants
         self.waiters: Waiters | None = None  # prompts in the queue that would use its pages, nearest first
         self.sought: dict[bytes, Waiters] | None = None  # those that end here, by the page that they would use next
 
@@ -93,7 +95,7 @@ class Match:
 class PrefixIndex:
     """The tree, the page -> node map, the order of eviction and the waiting prompts of one pool."""
 
-    def __init__(self, page_size: int, num_pages: int) -> None:
+    def __init__(self, page_size: int, num_pages: int, remnants_bytes_max: int = 0) -> None:
         self.page_bytes = page_size * TOKEN_BYTES
         self.num_pages = num_pages
         self.roots: dict[bytes, Node] = {}
@@ -103,6 +105,7 @@ class PrefixIndex:
         self.queue = WaitingQueue(self)
         self.accounts = Accounts()
         self.namespaces: dict[bytes, dict[bytes, None]] = {}  # tenant -> its namespaces in `roots`
+        self.remnants = Remnants(self.page_bytes, remnants_bytes_max)
 
     def victims(self, acked: int, account: Account | None = None) -> Iterator[Node]:
         """Nodes, or those of one account, that may be evicted once all their children are, first to go first.
@@ -286,6 +289,7 @@ class PrefixIndex:
         upper = Node(parent, node.tokens[:cut], node.ids[: page_count * ID_BYTES])
         upper.refs, upper.last_used, upper.priority, upper.pins = node.refs, node.last_used, node.priority, node.pins
         self.queue.split(upper, node)
+        self.remnants.split(upper, node, page_count)
         parent.children[node.tokens[: self.page_bytes]] = upper
         node.parent, node.tokens, node.ids = upper, node.tokens[cut:], node.ids[page_count * ID_BYTES :]
         upper.children[node.tokens[: self.page_bytes]] = node
@@ -325,7 +329,7 @@ class PrefixIndex:
         self.pages_indexed += len(pages) - at
         return node
 
-    def evict(self, pages: np.ndarray) -> None:
+    def evict(self, pages: np.ndarray, version: int) -> None:
         """Forget these pages, one after the other: each is the last of a leaf that nobody holds when its turn comes."""
         nodes: list[Node | None] = self.node_of[pages].tolist()
         at, ids = 0, pages[::-1].astype(PAGE_ID).tobytes()  # backwards: a run loses its end first
@@ -336,17 +340,19 @@ class PrefixIndex:
             gone = ids[len(ids) - stop * ID_BYTES : len(ids) - at * ID_BYTES]
             if node is None or node.children or node.refs or not node.ids.endswith(gone):
                 raise InvariantBroken(f"prefix index: page {pages[at]} is not the free end of the tree")
-            self._cut(node, stop - at)
+            self._cut(node, stop - at, version)
             at = stop
         self.node_of[pages] = None
         self.pages_indexed -= len(pages)
 
-    def _cut(self, node: Node, count: int) -> None:
+    def _cut(self, node: Node, count: int, version: int) -> None:
         """Forget the last `count` pages of a free leaf."""
         self.queue.cut(node, node.count - count)
         if node.account is not None:
             node.account.pages -= count
         if count < node.count:
+            first = len(node.tokens) - count * self.page_bytes
+            self.remnants.trimmed(node, node.count - count, node.tokens[first : first + self.page_bytes], version)
             node.ids = node.ids[: -count * ID_BYTES]
             node.tokens = node.tokens[: -count * self.page_bytes]
             return
@@ -354,6 +360,7 @@ class PrefixIndex:
         parent = node.parent
         if parent is None:
             raise InvariantBroken("prefix index: the root has no pages to forget")
+        self.remnants.removed(node, parent, node.tokens[: self.page_bytes], version)
         del parent.children[node.tokens[: self.page_bytes]]
         if parent.parent is None and not parent.children and not parent.refs:
             self._uproot(parent)
@@ -377,6 +384,7 @@ class PrefixIndex:
         for root in roots.values():
             root.children, root.sought = {}, None
         self.queue.start_over(roots)
+        self.remnants.clear()  # they name tokens, and what is forgotten is not to be told
         for root in roots.values():
             if not root.refs:
                 self._uproot(root)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from kvmanager.commands import TENANT_BYTES_MAX
 from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.events import encode_batch
+from kvmanager.explain import answer_explain
 from kvmanager.pins import list_pins
 from kvmanager.preview import answer_dry_run
 from kvmanager.snapshot import snapshot, tables_snapshot
@@ -79,6 +80,7 @@ QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {
     "pins": _pins,
     "dry_run": answer_dry_run,
     "tenants": _tenants,
+    "explain": answer_explain,
 }
 
 

@@ -45,6 +45,8 @@ STATE_MACHINE = {
         "admission",
         "placement",
         "inflight",
+        "explain",
+        "remnants",
         "arrivals",
         "victims",
         "preview",
