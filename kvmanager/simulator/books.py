@@ -145,6 +145,7 @@ class Turn:
 
     opened   sequence id -> what was asked for
     visible  for each pool the index as the decision saw it: pages published by this batch come after it
+    free     pool -> pages that were surely free before, where pages were refused
     known    sequence id -> tokens known before this batch made more of them known
     starts   sequence id -> first slot that the workers are to write in this step; a handler that gives them something to write sets it
     chores   (pool, what its workers are to do before that)
@@ -158,5 +159,6 @@ class Turn:
     visible: list[dict[int, tuple[int, int]]] = field(default_factory=list)
     starts: dict[int, int] = field(default_factory=dict)
     known: dict[int, int] = field(default_factory=dict)
+    free: dict[int, int] = field(default_factory=dict)
     chores: list[tuple[int, Chore]] = field(default_factory=list)
     copies: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)

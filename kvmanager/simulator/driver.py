@@ -26,7 +26,8 @@ from kvmanager.preview import answer_dry_run
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
-from kvmanager.simulator.registry import ACTIONS, DRAWS, REFUSALS
+from kvmanager.simulator.registry import ACTIONS, DRAWS
+from kvmanager.simulator.replies import check_refusals, check_reply
 from kvmanager.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.state import State
 
@@ -127,13 +128,13 @@ class Driver:
             for asked, made in zip(command.opens, reply.get("opened", []), strict=True):
                 if made:
                     turn.opened[made[0]] = asked
+        check_reply(self.model, turn)
         self.model.read(batch, turn)
+        check_refusals(self.model, turn)
         self.model.compare(self.manager.state)
         self.delivered.setdefault(client, []).extend(tuple(notice[:3]) for notice in reply.get("notices", []))
-        for kind, index, code, _, details in reply.get("refused", []):
+        for _, _, code, *_ in reply.get("refused", []):
             self.errors[code] += 1
-            if kind == "open" and code in REFUSALS and isinstance(command, Step):
-                REFUSALS[code](self.model, command.opens[index], details, turn)
         self.last_sent = command, client, number, data
         return reply
 

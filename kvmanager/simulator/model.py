@@ -37,7 +37,9 @@ class Model:
         self.index: list[dict[int, tuple[int, int]]] = [{} for _ in config.pools]
         self.dropped: list[dict[int, int]] = [{} for _ in config.pools]  # page -> version in which its last owner let go
         self.last_grow: list[tuple[int, int]] = []
+        self.clients: dict[int, None] = {}  # that the manager remembers
         self.notices: dict[int, list[tuple[str, int, int]]] = {}
+        self.taken: Counter[int] = Counter()  # pool -> pages handed out by the batch that was read last
         self.seen: Counter[str] = Counter()
         self.version = 1
         self.begun = 0  # the version that began this life of the manager, if it is not the first
@@ -95,6 +97,7 @@ class Model:
         """Pages are handed out: nobody may own them, find them, or still be reading or writing them."""
         if not pages:
             return
+        self.taken[pool] += len(pages)
         owners = self.owners(pool)
         indexed = {page for page, _ in self.index[pool].values()}
         demand(len(set(pages)) == len(pages), f"{what}: pages {pages} handed out twice at once")
@@ -128,7 +131,8 @@ class Model:
                 self.dropped[pool][page] = self.version
 
     def tell(self, owner: int, kind: str, sequence: int, handoff: int) -> None:
-        self.notices.setdefault(owner, []).append((kind, sequence, handoff))
+        if owner in self.clients:
+            self.notices.setdefault(owner, []).append((kind, sequence, handoff))
 
     def write_on(self, text: Text, length: int) -> None:
         """The author goes on: tokens that the manager learns of later, or never. Few letters, so that authors write the same."""
@@ -141,6 +145,7 @@ class Model:
     def read(self, batch: ev.EventBatch, turn: Turn) -> None:
         """Follow one batch."""
         self.version = batch.version
+        self.taken.clear()
         turn.visible = [dict(index) for index in self.index]
         for event in batch.events:
             self.seen[type(event).__name__] += 1

@@ -86,7 +86,10 @@ class Seat:
     def _act(self) -> None:
         if not self.caller.alive:
             return
-        orphans = [sequence for sequence, text in self.books.texts.items() if text.owner in self.heir_of]
+        # Where clients have leases, nobody but the manager looks after what the dead have left.
+        orphans = (
+            [] if self.config.client_lease_ms else [sequence for sequence, text in self.books.texts.items() if text.owner in self.heir_of]
+        )
         if self.healing:
             if self.model.texts or orphans:
                 self.send(Step(close=[*self.model.texts, *orphans]))

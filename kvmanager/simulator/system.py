@@ -210,5 +210,10 @@ def draw_config(rng: random.Random) -> ManagerConfig:
         for name in ("A", "B", "C")[: rng.choice((1, 2, 2, 3))]
     )
     return ManagerConfig(
-        pools=pools, sequences_max=rng.choice((5, 8, 12, 24)), handoffs_max=rng.choice((2, 6)), clients_max=64, lease_ms=LEASE_MS
+        pools=pools,
+        sequences_max=rng.choice((5, 8, 12, 24)),
+        handoffs_max=rng.choice((2, 6)),
+        clients_max=64,
+        lease_ms=LEASE_MS,
+        client_lease_ms=rng.choice((0, 0, 3 * LEASE_MS)),
     )

@@ -20,6 +20,7 @@ from kvmanager.invariants import check_invariants
 from kvmanager.manager import KVManager
 from kvmanager.simulator.books import Broken, Turn, demand
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.replies import check_refusals, check_reply
 from kvmanager.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.state import State
 
@@ -167,7 +168,11 @@ class Watch:
                 if made:
                     turn.opened[made[0]] = asked
         self._check_notices(turn)
+        if not self.model.replaying:
+            check_reply(self.model, turn)
         self.model.read(batch, turn)
+        if not self.model.replaying:
+            check_refusals(self.model, turn)
         if turn.starts and not self.model.replaying:
             self.starts[batch.version] = {each: self.model.texts[each].pool for each in turn.starts}
             if len(self.starts) > DIGESTS_KEPT:

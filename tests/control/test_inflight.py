@@ -115,6 +115,14 @@ def test_waiting_ends_when_the_computing_sequence_closes(make_rig: MakeRig) -> N
     assert isinstance(error, PrefixPending) and error.details["sequence"] == reply.opened[0].sequence
 
 
+def test_nobody_waits_for_what_the_same_step_cuts_off(make_rig: MakeRig) -> None:
+    """The simulator's find: truncations come before opens, and the prompt was told to wait for tokens that were just given up."""
+    rig = make_rig(CONFIG)
+    first = rig.kv.open(tokens(40), "A", chunk=40).sequence
+    reply = rig.kv.step(truncate=[(first, 1)], opens=[Open(tokens(40), "A", chunk=40)])
+    assert reply.opened[0] is not None and reply.opened[0].cached_tokens == 0
+
+
 def test_waiting_ends_when_no_page_came_for_a_while(make_rig: MakeRig) -> None:
     rig = make_rig(CONFIG)
     first = rig.kv.open(tokens(100), "A", chunk=20).sequence
