@@ -147,7 +147,11 @@ def serve(
         server.run()
     finally:
         server.close()
+        broken = manager.journal.broken if manager.journal is not None else ""
         manager.disconnect()
+    if broken:
+        click.echo(f"kvmanager: journal {journal}: {broken}", err=True)
+        sys.exit(1)
 
 
 @main.command()
@@ -161,6 +165,8 @@ def stats(address: str | None, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     click.echo(f"epoch {found['epoch']}, version {found['version']}, {len(found['handoffs'])} handoffs under way")
+    if wrong := found.get("journal", {}).get("wrong"):
+        click.echo(f"journal: {wrong}")
     for name, pool in found["pools"].items():
         pages = pool["pages"]
         counts = ", ".join(f"{pages[state]} {state}" for state in ("free", "used", "cached", "quarantined"))

@@ -10,7 +10,7 @@ import zmq
 
 from kvmanager import wire
 from kvmanager.commands import Command, Step, command_to_wire
-from kvmanager.errors import BadMessage, InvalidValue, KVError, ManagerUnreachable, StaleEpoch
+from kvmanager.errors import BadMessage, InvalidValue, JournalFailed, KVError, ManagerUnreachable, StaleEpoch
 from kvmanager.manager import Surface
 
 __all__ = ["KVClient"]
@@ -80,12 +80,16 @@ class KVClient(Surface):
         return reply
 
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Send until a reply to this very request comes. Raises the error it carries, or ManagerUnreachable."""
+        """Send until a reply to this very request comes. Raises the error it carries, or ManagerUnreachable.
+
+        A manager whose disk is full is asked again as one that does not answer: it has changed nothing, and may find room in time.
+        """
         self._number += 1
         request = wire.encode_request(self.client_id, self._number, body)
         if len(request) > self._message_bytes_max:  # the manager would drop the connection, and never answer
             raise InvalidValue("request", f"at most {self._message_bytes_max} bytes", f"{len(request)} bytes")
         deadline = time.monotonic() + self.timeout_ms / 1000
+        failed: JournalFailed | None = None
         while True:
             self._socket.send(request)
             resend = min(deadline, time.monotonic() + self.resend_ms / 1000)
@@ -96,14 +100,16 @@ class KVClient(Surface):
                 if len(frames) != 1:
                     raise BadMessage(f"reply: expected 1 frame, got {len(frames)}")
                 number, reply = wire.decode_reply(frames[0])
-                if isinstance(reply, KVError):
+                if isinstance(reply, JournalFailed) and number == self._number:
+                    failed = reply
+                elif isinstance(reply, KVError):
                     if number in (self._number, 0):  # 0: it could not even read the number
                         raise reply
                 elif number == self._number:
                     return reply
                 # otherwise the late reply to a request that was given up or repeated
             if time.monotonic() >= deadline:
-                raise ManagerUnreachable(
+                raise failed or ManagerUnreachable(
                     f"manager at {self.address}: expected a reply within {self.timeout_ms} ms, got none", address=self.address
                 )
             self._socket.close(0)  # whatever was queued for a manager that is gone must not pile up

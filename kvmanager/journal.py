@@ -379,6 +379,16 @@ class Journal:
                 self.files.remove(self._path(each))
         return True
 
+    def stats(self) -> dict[str, Any]:
+        """For people and programs: where it is, what is not synced, and what is wrong with it ("" if nothing)."""
+        return {
+            "folder": self.folder,
+            "segment": self.name,
+            "bytes": self._size,
+            "unsynced_batches": self._unsynced_records,
+            "wrong": self.broken or self.snapshot_failed,
+        }
+
     def close(self) -> None:
         """Sync, and let others have the folder."""
         with contextlib.suppress(OSError):

@@ -538,7 +538,10 @@ class KVManager(Surface):
         try:
             if message.get("t") == "batches":
                 return {"batches": batches_since(self.state, self.tail, message)}
-            return answer(self.state, message, self.now())
+            found = answer(self.state, message, self.now())
+            if message.get("t") == "stats" and self.journal is not None:
+                found["journal"] = self.journal.stats()
+            return found
         except (KVError, InvariantBroken):
             raise
         except Exception as error:  # a fault of ours costs whoever asked an error, and nobody else anything

@@ -125,7 +125,7 @@ class Server:
         self._context.term()
 
     def run(self) -> None:
-        """Serve until `stop()`."""
+        """Serve until `stop()`, or until the journal takes nothing more: whoever started the process can start another, and that recovers."""
         period_ms = min(self.manager.config.heartbeat_ms, 50)
         self._heartbeat()
         while not self._stopping.is_set():
@@ -138,6 +138,8 @@ class Server:
                     self._on_request(frames)
             with contextlib.suppress(JournalFailed):  # a full disk: leases end once there is room; whoever asks for something is told
                 self.manager.tick()
+            if self.manager.journal is not None and self.manager.journal.broken:
+                return
             if (time.monotonic() - self._quiet_since) * 1000 >= self.manager.config.heartbeat_ms:
                 self._heartbeat()
 

@@ -18,11 +18,15 @@ import pytest
 
 from kvmanager.client import KVClient
 from kvmanager.commands import Open
-from kvmanager.errors import OutOfPages, PrefixPending
+from kvmanager.errors import JournalFailed, ManagerUnreachable, OutOfPages, PrefixPending
 from kvmanager.events import decode_batch
+from kvmanager.files import MemoryFiles
 from kvmanager.follower import Follower
 from kvmanager.invariants import check_invariants
+from kvmanager.journal import Journal
+from kvmanager.manager import KVManager
 from kvmanager.replica import Replica
+from kvmanager.server import Server
 from kvmanager.snapshot import load_snapshot
 from tests.cli.test_cli import COMMAND, ROOT, Serving, at
 from tests.control.journaled import CONFIG
@@ -200,3 +204,39 @@ def test_serve_says_what_it_recovered_and_refuses_what_it_cannot_use(manager: Ma
     done = subprocess.run([*COMMAND, "serve", *manager.arguments], check=False, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 2 and f"{segment.name}, offset " in done.stderr and len(done.stderr.splitlines()) == 1
     assert segment.read_bytes() == damaged, "nothing is changed in what is refused"
+
+
+def test_a_full_disk_is_waited_for_and_a_broken_journal_ends_the_server(tmp_path: Path) -> None:
+    """A client asks again, as if nobody had answered: a moment without room costs nobody anything but that moment."""
+    files = MemoryFiles()
+    kv = KVManager(CONFIG, journal=Journal("/journal", files=files))
+    server = Server(kv, address=f"ipc://{tmp_path}/req", publish=f"ipc://{tmp_path}/pub").start()
+    try:
+        with KVClient(server.address, timeout_ms=5_000, resend_ms=50) as client:
+            refusals: list[int] = []
+
+            def full(operation: str, name: str, size: int) -> int | None:
+                if operation == "write" and len(refusals) < 3:
+                    refusals.append(size)
+                    return ~5
+                return None
+
+            files.fault = full
+            assert client.join("w0", "main", "bf16") == 1
+            assert len(refusals) == 3 and client.stats()["journal"]["wrong"] == ""
+
+            def broken(operation: str, name: str, size: int) -> int | None:
+                if operation in ("write", "truncate"):
+                    raise OSError(28, "No space left on device")
+                return None
+
+            files.fault = broken
+            client.timeout_ms = 300
+            with pytest.raises((JournalFailed, ManagerUnreachable)):
+                client.touch()
+            assert server._thread is not None
+            server._thread.join(5)
+            assert not server._thread.is_alive()
+    finally:
+        server.close()
+        kv.disconnect()
