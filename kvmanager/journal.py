@@ -331,6 +331,10 @@ class Journal:
         """Whether a snapshot should begin a new segment."""
         return self._size >= self._due_size and not self.broken
 
+    def overdue(self) -> bool:
+        """Whether nobody has seen to it for as long again: a program that never calls `tick`."""
+        return self._size >= 2 * self._due_size and not self.broken
+
     def start(self, version: int, snapshot: bytes, pools: bytes) -> bool:
         """Begin a new segment with a snapshot, and let the oldest go; whether it was done.
 

@@ -6,6 +6,7 @@ a program moves from `KVManager(config)` to `KVClient(address)` by changing one 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from kvmanager.commands import (
 )
 from kvmanager.config import ManagerConfig
 from kvmanager.decide import decide, stale_number
-from kvmanager.errors import Internal, InvariantBroken, KVError, error_from_wire
+from kvmanager.errors import Internal, InvariantBroken, JournalFailed, KVError, error_from_wire
 from kvmanager.events import EventBatch, PoolAdded, QuotaSet, decode_batch, encode_batch, same_batch
 from kvmanager.explain import Explanation
 from kvmanager.handoff import HandoffState
@@ -563,3 +564,6 @@ class KVManager(Surface):
         self.tail.append(batch.version, data)
         for callback in self._subscribers:
             callback(batch, data)
+        if self.journal is not None and self.journal.overdue():
+            with contextlib.suppress(JournalFailed):  # this command is done; the next one will hear of it
+                self.compact()

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
@@ -55,6 +56,12 @@ class Manager:
         )
         self.serving = Serving(process)
         self.starts += 1
+
+    def replace(self, after_s: float) -> None:
+        """SIGKILL in a moment, then the next one."""
+        time.sleep(after_s)
+        self.kill()
+        self.start()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         self.serving.process.send_signal(number)
@@ -118,21 +125,17 @@ def decode(manager: Manager, *, kills: int, steps: int, seed: int) -> tuple[dict
     worker = Worker(manager.serving.address)
     worker.start()
     open_sequences: dict[int, tuple[int, int]] = {}  # sequence -> first token, length
-    kill_at = sorted(rng.sample(range(2, steps), kills))
+    restarts: list[threading.Thread] = []
+    kill_at = sorted(rng.sample(range(2, steps, 4), kills))
     with KVClient(manager.serving.address, timeout_ms=60_000, resend_ms=100) as client:
         for number in range(steps):
             if number in kill_at:
-                killer = threading.Timer(rng.random() * 0.01, manager.kill)
-                killer.start()
-            else:
-                killer = None
+                restarts.append(threading.Thread(target=manager.replace, args=(rng.random() * 0.003,)))
+                restarts[-1].start()  # now, while the step is on its way, or being carried out, or answered
             chosen = [each for each in open_sequences if rng.random() < 0.8]
             closing_ids = [each for each in open_sequences if each not in chosen and rng.random() < 0.5]
             firsts = [rng.choice((0, 1000)) for _ in range(rng.choice((0, 1, 2)))]
             opens = [Open(np.arange(first, first + 40, dtype=np.int32), "main", chunk=64) for first in firsts]
-            if killer is not None:
-                killer.join()
-                threading.Thread(target=manager.start).start()
             reply = client.step(grow=chosen, close=closing_ids, opens=opens)
             items = []
             for index, sequence in enumerate(chosen):
@@ -161,6 +164,8 @@ def decode(manager: Manager, *, kills: int, steps: int, seed: int) -> tuple[dict
             worker.join(0.01)
         state = load_snapshot(CONFIG, decode_batch(client.snapshot()))
         check_invariants(state)
+    for restart in restarts:
+        restart.join()
     worker.stopping = True
     worker.join(10)
     assert worker.failed is None, repr(worker.failed)

@@ -343,6 +343,33 @@ def test_a_long_segment_is_followed_by_a_snapshot_and_old_ones_go() -> None:
     assert state.past[1] == life.kv.state.version
 
 
+def test_a_program_that_never_ticks_gets_new_segments_too() -> None:
+    life = Life(MemoryFiles(), segment_bytes=1000)
+    life.join()
+    life.live(60, 3)
+    assert life.segment != f"{0:020d}.kvj"
+    assert reborn(life.files).kv.recovered.segment.last == life.kv.state.version  # type: ignore[union-attr]
+
+
+def test_a_folder_that_cannot_be_synced_costs_the_next_command_and_not_the_one_that_was_done() -> None:
+    """After it either segment may be the newest for the next life, so nothing more may be written to any."""
+    life = Life(MemoryFiles(), segment_bytes=1000)
+    life.join()
+
+    def fault(operation: str, name: str, size: int) -> int | None:
+        if operation == "sync_folder":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return None
+
+    life.files.fault = fault
+    with pytest.raises(JournalFailed, match="new segment"):
+        for _ in range(200):
+            life.kv.step()
+    last = life.published[-1][0]
+    assert life.kv.state.version == last
+    assert reborn(life.files).kv.recovered.segment.last == last  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("operation", ["create", "write", "sync", "rename"])
 def test_a_snapshot_that_cannot_be_written_harms_nothing(operation: str) -> None:
     """The old segment goes on, the leftover is gone, and it is tried again later."""

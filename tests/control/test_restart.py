@@ -12,7 +12,7 @@ import pytest
 from kvmanager.client import KVClient
 from kvmanager.commands import Ack, Open, Step
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.errors import Fenced, JournalMismatch, OutOfPages, ReplicaGap, StaleEpoch
+from kvmanager.errors import Fenced, InvalidValue, JournalMismatch, OutOfPages, ReplicaGap, StaleEpoch
 from kvmanager.events import decode_batch, encode_batch
 from kvmanager.files import MemoryFiles
 from kvmanager.lives import LIVES_MAX
@@ -291,6 +291,25 @@ def test_replica_goes_on_over_a_restart_without_losing_what_it_did(behind: int) 
     again.kv.ack(worker, content.version, ids=content.ids, tokens=content.tokens, epoch=content.epoch)
     assert again.kv.state.sequences[opened.sequence].published == 2
     assert again.kv.state.pool("main").counts().free == 21
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"epoch": 0, "version": 1}, InvalidValue),
+        ({"epoch": "1", "version": 1}, InvalidValue),
+        ({"epoch": 1}, InvalidValue),
+        ({"epoch": 1, "version": -1}, InvalidValue),
+        ({"epoch": 1, "version": 2**63}, InvalidValue),
+        ({"epoch": 1, "version": 50}, StaleEpoch),
+        ({"epoch": 2, "version": 1}, StaleEpoch),
+    ],
+)
+def test_asking_for_batches_is_checked(message: dict[str, Any], expected: type[Exception]) -> None:
+    life = begun()
+    with pytest.raises(expected):
+        life.kv.query({"t": "batches", **message})
+    assert life.kv.query({"t": "batches", "epoch": 1, "version": life.kv.state.version}) == {"batches": []}
 
 
 def test_replica_that_gets_the_first_batch_of_the_next_life_needs_nothing_else() -> None:
