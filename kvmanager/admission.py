@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from kvmanager import events as ev
 from kvmanager.commands import Open
 from kvmanager.draft import Draft
@@ -39,14 +41,15 @@ def admit(draft: Draft, command: Open, client: int, now_ms: int) -> list[Any]:
     pools = _suitable(draft, command, count)
     if not len(draft.slots):
         raise TooMany("sequences", state.config.sequences_max)
-    namespace, data = encode_namespace(command.tenant, command.extra), command.tokens.tobytes()
+    tokens = draft.extras.write_in(command.tokens, command.extras)
+    namespace, data = encode_namespace(command.tenant, command.extra), tokens.tobytes()
     looks = in_order(draft, [look(draft, pool, namespace, data, command, now_ms) for pool in pools])
     chosen = draft.examined[-1] = _choose(draft, command, namespace, looks)
     if chosen.computing:
         raise PrefixPending(chosen.pool.name, chosen.computing, chosen.expected)
     sequence_id = (state.next_generation + draft.opened) << SLOT_BITS | draft.slots.pop(1)[0]
     draft.flying.setdefault(place_of(chosen, namespace, data), (sequence_id, data))
-    return _take(draft, command, client, namespace, chosen, sequence_id)
+    return _take(draft, command, client, namespace, tokens, chosen, sequence_id)
 
 
 def _suitable(draft: Draft, command: Open, count: int) -> list[Pool]:
@@ -108,7 +111,7 @@ def _refusal(draft: Draft, item: Look, namespace: bytes, wanted: int) -> KVError
     return refusal
 
 
-def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Look, sequence_id: int) -> list[Any]:
+def _take(draft: Draft, command: Open, client: int, namespace: bytes, tokens: np.ndarray, chosen: Look, sequence_id: int) -> list[Any]:
     count, pool, cached = len(command.tokens), chosen.pool, chosen.found.pages()
     pages = draft.pool(pool.index)
     pages.pin(chosen.found.nodes, chosen.found.last_pages)
@@ -116,9 +119,8 @@ def _take(draft: Draft, command: Open, client: int, namespace: bytes, chosen: Lo
     fresh = pages.take(pages_wanted(chosen, length), pages.account(namespace))
     draft.opened += 1
     draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) + count
-    draft.events.append(
-        ev.SequenceOpened(sequence_id, client, pool.index, namespace, command.tokens, cached, fresh, length, command.priority)
-    )
+    draft.extras.log(tokens, draft.events)
+    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, tokens, cached, fresh, length, command.priority))
     if command.waiting:
         leave_queue(draft, command.waiting)
     return [sequence_id, chosen.cached, length, pool.name]

@@ -52,14 +52,18 @@ def apply(state: State, batch: ev.EventBatch, restoring: Restoring | None = None
             _RESTORE[type(event)](state, event, restoring)
         else:
             _APPLY[type(event)](state, event)
+    state.extras.sweep()
 
 
 # --- pools and workers -----------------------------------------------------------------------------------------------------------
 
 
+def _extras_named(state: State, event: ev.ExtrasNamed) -> None:
+    state.extras.apply_named(event)
+
+
 def _pool_added(state: State, event: ev.PoolAdded) -> None:
-    bytes_max = state.config.remnants_bytes_max
-    pool = Pool(event.pool, event.name, event.group, event.num_pages, event.page_size, event.workers, event.layout, bytes_max)
+    pool = Pool(*event, extras=state.extras, remnants_bytes_max=state.config.remnants_bytes_max)
     state.pools.append(pool)
     state.groups.setdefault(event.group, []).append(pool)
     state.pool_workers.append([])
@@ -124,6 +128,7 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
     state.sequences[event.sequence] = sequence
     pool.arrivals.add(event.sequence, event.priority)
+    state.extras.count(tokens, 1)
     pool.load += len(event.tokens)
     _note_place(state, sequence)
 
@@ -162,6 +167,7 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     _let_go(state, pool, sequence.namespace, state.tables.pages_of(event.sequence), sequence.published, sequence.node)
     pool.prefix.leave(sequence.namespace)
     pool.load -= len(sequence.tokens) // TOKEN_BYTES
+    state.extras.count(sequence.tokens, -1)
     pool.publishable.pop(event.sequence, None)
     pool.inflight.forget(event.sequence)
     leave_family(state, sequence)
@@ -365,6 +371,7 @@ def _node_restored(state: State, event: ev.NodeRestored, restoring: Restoring) -
     restoring.nodes[event.pool, event.node] = node
     prefix.node_of[event.pages] = node
     prefix.pages_indexed += len(event.pages)
+    state.extras.count(event.tokens, 1)
 
 
 def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
@@ -399,6 +406,7 @@ def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Rest
     state.tables.open(event.sequence, event.pool, event.length, event.pages)
     pool.share(event.pages)
     pool.load += len(event.tokens) // TOKEN_BYTES
+    state.extras.count(event.tokens, 1)
 
 
 def _arrivals_restored(state: State, event: ev.ArrivalsRestored, _: Restoring) -> None:
@@ -496,6 +504,7 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.TenantFlushed: apply_flushed,
     ev.PinBegun: apply_pin_begun,
     ev.PinsEnded: apply_pins_ended,
+    ev.ExtrasNamed: _extras_named,
     ev.EpochBegun: lives.epoch_begun,
 }
 

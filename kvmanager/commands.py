@@ -36,6 +36,7 @@ __all__ = [
 
 INT64_MAX = 2**63 - 1
 TENANT_BYTES_MAX = 256
+EXTRAS_MAX = 1024
 MEMORY_BYTES_MAX = 4096
 LEASE_MAX = 1 << 40  # milliseconds or versions
 Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
@@ -131,12 +132,14 @@ class Open:
     tokens   prompt token ids, int32 [n], n >= 1
     pool     name of the pool that will compute it; empty leaves the choice among the pools of `group` to the manager
     tenant   salt: sequences of different tenants never share pages (at most 256 bytes)
-    extra    whatever else must be equal to share, such as a LoRA id or an image hash (at most 256 bytes)
+    extra    whatever else must be equal to share anything at all, such as a LoRA id (at most 256 bytes)
     chunk    slots to reserve at once beyond the cached tokens, capped at the rest of the prompt; 0 reserves none
     group    any ready pool of this group, by the longest match and the least load (see `placement`); instead of a pool
     wait     if another sequence is computing pages of this prompt already, refuse with PrefixPending instead of computing them again
     priority   of its pages once they are cached, -8..7: lower ones are evicted first, and pages of several openers keep the highest
     waiting  its id in the waiting queue, which it leaves if it is opened; 0, or one that is gone, is none
+    extras   (key, start, stop) each: what else must be equal for tokens [start, stop), such as an image hash (1..256 bytes). What comes
+             before `start` is shared regardless; what follows depends on it
 
     At least the prompt's last token is never taken from the cache: somebody has to compute its logits.
     """
@@ -150,6 +153,7 @@ class Open:
     wait: bool = True
     priority: int = 0
     waiting: int = 0
+    extras: Any = ()
 
     def __post_init__(self) -> None:
         check_prompt("open", self)
@@ -174,13 +178,32 @@ def check_prompt(name: str, prompt: Any) -> None:
             raise InvalidValue(f"{name}.group", "a pool, or else a group", "both")
     object.__setattr__(prompt, "tenant", _check_bytes(f"{name}.tenant", prompt.tenant, TENANT_BYTES_MAX))
     object.__setattr__(prompt, "extra", _check_bytes(f"{name}.extra", prompt.extra, TENANT_BYTES_MAX))
+    if not isinstance(prompt.extras, (list, tuple)) or prompt.extras:
+        object.__setattr__(prompt, "extras", _check_extras(f"{name}.extras", prompt.extras, len(tokens)))
+
+
+def _check_extras(name: str, value: object, count: int) -> list[tuple[bytes, int, int]]:
+    """(key, start, stop) each, sorted by start: their order says nothing."""
+    ranges = []
+    items = _check_list(name, value)
+    if len(items) > EXTRAS_MAX:
+        raise InvalidValue(name, f"at most {EXTRAS_MAX} ranges", len(items))
+    for number, item in enumerate(items):
+        if not isinstance(item, (list, tuple)) or len(item) != 3:
+            raise InvalidValue(f"{name}[{number}]", "(key, start, stop)", repr(item)[:80])
+        key = _check_bytes(f"{name}[{number}]", item[0], TENANT_BYTES_MAX)
+        if not key:
+            raise InvalidValue(f"{name}[{number}]", "a key of at least one byte", "none")
+        start = check_int(f"{name}[{number}]", item[1], 0, count - 1)
+        ranges.append((key, start, check_int(f"{name}[{number}]", item[2], start + 1, count)))
+    return sorted(ranges, key=lambda item: (item[1], item[2], item[0]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Enqueue:
     """A prompt waits in the scheduler's queue: its cached pages are spared by eviction while anything else can go (see `queue_hint`).
 
-    tokens, pool, tenant, extra, group   as they will be in its Open
+    tokens, pool, tenant, extra, group, extras   as they will be in its Open
     front    before all that wait already, not behind them
 
     A hint, never a promise. It is given once, and named by its id from then on: `Open.waiting` or `Step.dequeue` end it.
@@ -192,6 +215,7 @@ class Enqueue:
     extra: bytes = b""
     group: str = ""
     front: bool = False
+    extras: Any = ()
 
     def __post_init__(self) -> None:
         check_prompt("enqueue", self)
@@ -203,7 +227,7 @@ class Enqueue:
 class Pin:
     """Keep a prefix cached: as many leading pages of it as are in the pool's index now (see `pins`).
 
-    tokens, pool, tenant, extra   the prefix; or else
+    tokens, pool, tenant, extra, extras   the prefix; or else
     sequence     what the index has of this open sequence, which the same step may close
     lease_ms     let go after so many milliseconds, 0 for never
     lease_steps  let go after so many versions, 0 for never
@@ -218,12 +242,14 @@ class Pin:
     lease_ms: int = 0
     lease_steps: int = 0
     session: bytes = b""
+    extras: Any = ()
 
     def __post_init__(self) -> None:
         check_int("pin.sequence", self.sequence, 0, INT64_MAX)
         tokens = as_tokens("pin.tokens", self.tokens)
         if self.sequence:
-            for name, value in (("tokens", tokens), ("pool", self.pool), ("tenant", self.tenant), ("extra", self.extra)):
+            given = {"tokens": tokens, "pool": self.pool, "tenant": self.tenant, "extra": self.extra, "extras": self.extras}
+            for name, value in given.items():
                 if len(value):
                     raise InvalidValue(f"pin.{name}", "a sequence, or else a prefix", "both")
         elif not len(tokens):
@@ -231,6 +257,7 @@ class Pin:
         else:
             check_name("pin.pool", self.pool)
         object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "extras", _check_extras("pin.extras", self.extras, len(tokens)))
         for name in ("tenant", "extra", "session"):
             object.__setattr__(self, name, _check_bytes(f"pin.{name}", getattr(self, name), TENANT_BYTES_MAX))
         check_int("pin.lease_ms", self.lease_ms, 0, LEASE_MAX)

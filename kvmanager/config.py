@@ -68,6 +68,7 @@ class ManagerConfig:
     sequence_tokens_max  tokens of one sequence
     batch_max            items of one kind (opens, grows, ...) in one step
     workers_max, clients_max, handoffs_max   entries in those tables; the oldest idle client is forgotten when its table is full
+    extras_max           different extra keys of token ranges in use: in open sequences, waiting prompts and cached pages
     waiting_max, waiting_tokens_max   prompts in the waiting queue, and their tokens together
     quotas_max           tenants with a quota of their own, in each pool
     pins_max             pins at once
@@ -93,6 +94,7 @@ class ManagerConfig:
     workers_max: int = 256
     clients_max: int = 1024
     handoffs_max: int = 4096
+    extras_max: int = 1 << 18
     waiting_max: int = 4096
     waiting_tokens_max: int = 1 << 26
     quotas_max: int = 4096
@@ -128,6 +130,7 @@ class ManagerConfig:
         check_int("workers_max", self.workers_max, 1, 1 << 16)
         check_int("clients_max", self.clients_max, 1, 1 << 16)
         check_int("handoffs_max", self.handoffs_max, 1, 1 << 20)
+        check_int("extras_max", self.extras_max, 0, 1 << 30)
         check_int("waiting_max", self.waiting_max, 0, 1 << 20)
         check_int("waiting_tokens_max", self.waiting_tokens_max, 0, 1 << 32)
         check_int("quotas_max", self.quotas_max, 0, 1 << 20)

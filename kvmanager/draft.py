@@ -16,6 +16,7 @@ import numpy as np
 from kvmanager import events as ev
 from kvmanager.accounts import Account
 from kvmanager.errors import KVError, OutOfPages, OverQuota, WrongState
+from kvmanager.extras import ExtrasDraft
 from kvmanager.pool import PageStack, Pool
 from kvmanager.prefix import NO_PAGES, PAGE_ID, TOKEN_BYTES, Match, Node
 from kvmanager.sequences import Sequence
@@ -258,6 +259,7 @@ class Draft:
         self.closed: dict[int, None] = {}
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}
+        self.extras = ExtrasDraft(state.extras, state.config.extras_max)
         self.dequeued: dict[int, None] = {}
         self.enqueued = 0
         self.waiting_change = 0  # tokens of waiting prompts

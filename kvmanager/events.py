@@ -257,6 +257,15 @@ class PromptEnqueued(NamedTuple):
     front: int
 
 
+class ExtrasNamed(NamedTuple):
+    """Negative numbers that stand in prompts for an extra key and its token from now on; see `extras`. ids[i] means sizes[i] of the bytes."""
+
+    next_id: int
+    ids: Ints32
+    sizes: Ints32
+    meanings: bytes
+
+
 class PromptsDequeued(NamedTuple):
     """They wait no longer: opened, or given up."""
 
@@ -511,6 +520,7 @@ EVENTS: tuple[type, ...] = (
     QuotaSet,
     TenantFlushed,
     AccountRestored,
+    ExtrasNamed,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from kvmanager.commands import check_prompt
 from kvmanager.errors import InvalidValue, Unknown
+from kvmanager.extras import ExtrasDraft
 from kvmanager.inflight import pages_agreeing
 from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES, Match, Node
@@ -49,10 +50,11 @@ class _Prompt:
     tenant: Any = b""
     extra: Any = b""
     group: Any = ""
+    extras: Any = ()
 
 
 def answer_explain(state: State, message: Mapping[str, Any], now_ms: int) -> dict[str, Any]:
-    """The query {"t": "explain", "tokens", "pool" or "group", "tenant", "extra"}."""
+    """The query {"t": "explain", "tokens", "pool" or "group", "tenant", "extra", "extras"}."""
     prompt = _Prompt(**{name: message[name] for name in _Prompt.__slots__ if name in message})
     check_prompt("explain", prompt)
     if len(prompt.tokens) > state.config.sequence_tokens_max:
@@ -60,6 +62,7 @@ def answer_explain(state: State, message: Mapping[str, Any], now_ms: int) -> dic
     pools = [state.pool(prompt.pool)] if prompt.pool else state.groups.get(prompt.group, [])
     if not pools:
         raise Unknown("group", prompt.group)
+    prompt.tokens = ExtrasDraft(state.extras, len(prompt.extras) + len(state.extras.ids)).write_in(prompt.tokens, prompt.extras)
     return {"pools": [_explain(state, pool, prompt) for pool in pools]}
 
 

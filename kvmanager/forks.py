@@ -92,6 +92,7 @@ def apply_forked(state: State, event: ev.SequenceForked) -> None:
         state.sequences[child_id] = child
         pool.arrivals.add(child_id, child.priority)
         pool.load += len(tokens) // TOKEN_BYTES
+        state.extras.count(tokens, 1)
         note_publishable(state, child)
         note_place(state, child)
 

@@ -114,12 +114,31 @@ def check_invariants(state: State) -> None:
             _fail(pool.name, f"page map holds {mapped} pages and counts {pool.prefix.pages_indexed}, the tree {len(indexed)}")
         check_queue(state, pool)
         check_accounts(state, pool)
+    check_extras(state)
     families: dict[int, dict[int, None]] = {}
     for sequence_id in sorted(state.sequences):
         if family := state.sequences[sequence_id].family:
             families.setdefault(family, {})[sequence_id] = None
     if families != state.families:
         raise InvariantBroken(f"families: {state.families}, sequences say {families}")
+
+
+def check_extras(state: State) -> None:
+    """Each extra key has one id, and as many users as there are places where the id stands."""
+    users: Counter[int] = Counter()
+    everything = [sequence.tokens for sequence in state.sequences.values()] + [prompt.tokens for prompt in state.waiting.values()]
+    for pool in state.pools:
+        everything += [node.tokens for _, node in pool.prefix.walk()]
+    for tokens in everything:
+        array = np.frombuffer(tokens, "<i4")
+        users.update(array[array < 0].tolist())
+    extras = state.extras
+    if (
+        dict(users) != extras.uses
+        or {meaning: each for each, meaning in extras.meanings.items()} != extras.ids
+        or len(extras.ids) != len(users)
+    ):
+        _fail("all", f"extra keys: users {dict(users)}, counted {extras.uses}, named {extras.ids}")
 
 
 def check_queue(state: State, pool: Pool) -> None:

@@ -226,12 +226,13 @@ class Surface:
         wait: bool = True,
         priority: int = 0,
         waiting: int = 0,
+        extras: Sequence[tuple[bytes, int, int]] = (),
     ) -> Opened:
         """Open one sequence; see `commands.Open`.
 
         Raises OutOfPages, PrefixPending, SequenceTooLarge, PoolNotReady, Unknown (pool, group), TooMany.
         """
-        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group, wait, priority, waiting),)))
+        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group, wait, priority, waiting, extras),)))
         return Opened(*reply["opened"][0])
 
     def grow(self, sequence: int, count: int = 1) -> int:
@@ -247,10 +248,18 @@ class Surface:
         return self._one("close", Step(close=[sequence]))["version"]
 
     def enqueue(
-        self, tokens: Tokens, pool: str = "", *, tenant: bytes = b"", extra: bytes = b"", group: str = "", front: bool = False
+        self,
+        tokens: Tokens,
+        pool: str = "",
+        *,
+        tenant: bytes = b"",
+        extra: bytes = b"",
+        group: str = "",
+        front: bool = False,
+        extras: Sequence[tuple[bytes, int, int]] = (),
     ) -> int:
         """A prompt waits in the scheduler's queue; gives its id. See `commands.Enqueue`. Raises Unknown (pool, group), TooMany."""
-        return self._one("enqueue", Step(enqueue=(Enqueue(tokens, pool, tenant, extra, group, front),)))["queued"][0]
+        return self._one("enqueue", Step(enqueue=(Enqueue(tokens, pool, tenant, extra, group, front, extras),)))["queued"][0]
 
     def dequeue(self, waiting: int) -> int:
         """A prompt waits no longer, and was not opened; gives the version. Raises Unknown."""
@@ -274,9 +283,10 @@ class Surface:
         lease_ms: int = 0,
         lease_steps: int = 0,
         session: bytes = b"",
+        extras: Sequence[tuple[bytes, int, int]] = (),
     ) -> Pinned:
         """Keep a prefix cached; see `commands.Pin`. Raises NotCached, OverPinBudget, Unknown (pool), TooMany."""
-        item = Pin(tokens, pool, tenant, extra, 0, lease_ms, lease_steps, session)
+        item = Pin(tokens, pool, tenant, extra, 0, lease_ms, lease_steps, session, extras)
         return Pinned(*self._one("pin", Step(pin=(item,)))["pinned"][0])
 
     def hold(self, sequence: int, session: bytes, *, lease_ms: int = 0, lease_steps: int = 0) -> Pinned:
@@ -375,13 +385,23 @@ class Surface:
         """
         return self._ask({"t": "batches", "epoch": epoch, "version": version})["batches"]
 
-    def explain(self, tokens: Tokens, pool: str = "", *, tenant: bytes = b"", extra: bytes = b"", group: str = "") -> list[Explanation]:
+    def explain(
+        self,
+        tokens: Tokens,
+        pool: str = "",
+        *,
+        tenant: bytes = b"",
+        extra: bytes = b"",
+        group: str = "",
+        extras: Sequence[tuple[bytes, int, int]] = (),
+    ) -> list[Explanation]:
         """Why no more of a prompt is found in the cache of a pool, or of each pool of a group. See `kvmanager.explain` for the reasons.
 
         Raises InvalidValue, Unknown (pool, group).
         """
         data = as_tokens("explain.tokens", tokens).tobytes()
-        answer = self._ask({"t": "explain", "tokens": data, "pool": pool, "tenant": tenant, "extra": extra, "group": group})
+        prompt = {"tokens": data, "pool": pool, "tenant": tenant, "extra": extra, "group": group, "extras": list(extras)}
+        answer = self._ask({"t": "explain", **prompt})
         return [Explanation(*row) for row in answer["pools"]]
 
     def tables_snapshot(self) -> bytes:

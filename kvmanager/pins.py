@@ -73,7 +73,8 @@ def _find(draft: Draft, command: Pin) -> tuple[Pool, bytes, list[Node], int]:
         return state.pools[sequence.pool], sequence.namespace, nodes, nodes[-1].count if nodes else 0
     pool = state.pool(command.pool)
     namespace = encode_namespace(command.tenant, command.extra)
-    found = draft.pool(pool.index).match(namespace, command.tokens.tobytes(), len(command.tokens) // pool.page_size)
+    tokens = draft.extras.write_in(command.tokens, command.extras).tobytes()
+    found = draft.pool(pool.index).match(namespace, tokens, len(command.tokens) // pool.page_size)
     return pool, namespace, found.nodes, found.last_pages
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from kvmanager.accounts import Account
 from kvmanager.arrivals import Arrivals
 from kvmanager.errors import InvariantBroken
+from kvmanager.extras import Extras
 from kvmanager.inflight import InFlight
 from kvmanager.prefix import PrefixIndex
 
@@ -88,7 +89,16 @@ class PoolCounts:
 
 class Pool:
     def __init__(
-        self, index: int, name: str, group: str, num_pages: int, page_size: int, workers: int, layout: str, remnants_bytes_max: int
+        self,
+        index: int,
+        name: str,
+        group: str,
+        num_pages: int,
+        page_size: int,
+        workers: int,
+        layout: str,
+        extras: Extras,
+        remnants_bytes_max: int,
     ) -> None:
         self.index = index
         self.name = name
@@ -104,7 +114,7 @@ class Pool:
         self.quarantine: dict[int, Quarantined] = {}  # by serial, oldest first
         self.next_serial = 1
         self.quarantined = 0
-        self.prefix = PrefixIndex(page_size, num_pages, remnants_bytes_max)
+        self.prefix = PrefixIndex(page_size, num_pages, extras, remnants_bytes_max)
         self.inflight = InFlight()
         self.pinned: dict[bytes, int] = {}  # tenant -> distinct pages that its pins hold
         self.arrivals = Arrivals()

@@ -19,6 +19,7 @@ import numpy as np
 from kvmanager.accounts import Account, Accounts, tenant_of
 from kvmanager.errors import InvariantBroken
 from kvmanager.eviction import PRIORITY_MIN, EvictionOrder
+from kvmanager.extras import Extras
 from kvmanager.queue_hint import Waiters, WaitingQueue
 from kvmanager.remnants import Remnants
 
@@ -95,12 +96,13 @@ class Match:
 class PrefixIndex:
     """The tree, the page -> node map, the order of eviction and the waiting prompts of one pool."""
 
-    def __init__(self, page_size: int, num_pages: int, remnants_bytes_max: int = 0) -> None:
+    def __init__(self, page_size: int, num_pages: int, extras: Extras | None = None, remnants_bytes_max: int = 0) -> None:
         self.page_bytes = page_size * TOKEN_BYTES
         self.num_pages = num_pages
         self.roots: dict[bytes, Node] = {}
         self.node_of = np.empty(num_pages, object)  # by page, None where it is not indexed; untouched memory costs nothing
         self.pages_indexed = 0
+        self.extras = extras or Extras()  # the manager's: of which pages count as users
         self.order = EvictionOrder()
         self.queue = WaitingQueue(self)
         self.accounts = Accounts()
@@ -327,6 +329,7 @@ class PrefixIndex:
             self.queue.published(node, child)
             node = child
         self.pages_indexed += len(pages) - at
+        self.extras.count(rest_tokens, 1)
         return node
 
     def evict(self, pages: np.ndarray, version: int) -> None:
@@ -350,6 +353,7 @@ class PrefixIndex:
         self.queue.cut(node, node.count - count)
         if node.account is not None:
             node.account.pages -= count
+        self.extras.count(node.tokens[-count * self.page_bytes :], -1)
         if count < node.count:
             first = len(node.tokens) - count * self.page_bytes
             self.remnants.trimmed(node, node.count - count, node.tokens[first : first + self.page_bytes], version)
@@ -378,6 +382,7 @@ class PrefixIndex:
         roots = {node.tokens: node for node in nodes if node.parent is None}
         for node in nodes[len(roots) :]:
             self.withhold(node)
+            self.extras.count(node.tokens, -1)
         pages = np.frombuffer(b"".join([node.ids for node in nodes]), PAGE_ID)
         self.node_of[pages] = None
         self.pages_indexed -= len(pages)

@@ -28,6 +28,8 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
     for worker in state.workers.values():
         events.append(ev.WorkerJoined(worker.worker_id, worker.name, worker.pool, worker.layout, worker.memory, worker.lease_ms))
         events.append(ev.WorkerRestored(worker.worker_id, worker.acked, worker.deadline_ms, int(worker.fenced)))
+    if with_index:
+        events.append(state.extras.named())  # first: what follows counts as its users
     for pool in state.pools:
         accounts = pool.prefix.accounts
         if accounts.everybody >= 0:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from kvmanager.accounts import tenant_of
 from kvmanager.config import ManagerConfig
 from kvmanager.errors import Fenced, Unknown
+from kvmanager.extras import Extras
 from kvmanager.handoff import Handoff
 from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES, Node
@@ -108,6 +109,7 @@ class State:
         self.clients: dict[int, Client] = {}
         self.waiting: OrderedDict[int, Prompt] = OrderedDict()  # the scheduler's queue, nearest first
         self.waiting_tokens = 0
+        self.extras = Extras()
         self.free_slots: list[int] = list(range(config.sequences_max - 1, -1, -1))
         self.next_generation = 1
         self.next_worker = 1

@@ -98,6 +98,7 @@ def apply_truncated(state: State, event: ev.SequencesTruncated) -> None:
         sequence.shared = min(sequence.shared, full)
         extra = len(sequence.tokens) // TOKEN_BYTES - length
         if extra > 0:
+            state.extras.count(sequence.tokens[length * TOKEN_BYTES :], -1)
             del sequence.tokens[length * TOKEN_BYTES :]
             pool.load -= extra
         if sequence.pool not in acked:

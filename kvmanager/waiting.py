@@ -35,12 +35,14 @@ def enqueue(draft: Draft, command: Enqueue, client: int) -> int:
         raise TooMany("waiting prompts", config.waiting_max)
     if state.waiting_tokens + draft.waiting_change + count > config.waiting_tokens_max:
         raise TooMany("tokens of waiting prompts", config.waiting_tokens_max)
+    tokens = draft.extras.write_in(command.tokens, command.extras)
     waiting_id = state.next_waiting + draft.enqueued
     draft.enqueued += 1
     draft.waiting_change += count
     where = np.array([pool.index for pool in pools], np.int32)
     namespace = encode_namespace(command.tenant, command.extra)
-    draft.events.append(ev.PromptEnqueued(waiting_id, client, where, namespace, command.tokens, int(command.front)))
+    draft.extras.log(tokens, draft.events)
+    draft.events.append(ev.PromptEnqueued(waiting_id, client, where, namespace, tokens, int(command.front)))
     return waiting_id
 
 
@@ -73,6 +75,7 @@ def apply_enqueued(state: State, event: ev.PromptEnqueued) -> None:
     if event.front:
         state.waiting.move_to_end(event.waiting, last=False)
     state.waiting_tokens += len(event.tokens)
+    state.extras.count(data, 1)
     for index in pools:
         prefix = state.pools[index].prefix
         # At least the last token is always computed: the page that holds it is never taken from the cache.
@@ -88,5 +91,6 @@ def apply_dequeued(state: State, event: ev.PromptsDequeued) -> None:
 def leave(state: State, waiting_id: int) -> None:
     prompt = state.waiting.pop(waiting_id)
     state.waiting_tokens -= len(prompt.tokens) // TOKEN_BYTES
+    state.extras.count(prompt.tokens, -1)
     for index in prompt.pools:
         state.pools[index].prefix.queue.dequeue(waiting_id, state.version)

@@ -35,7 +35,7 @@ class Stamps:
     def root(self, tenant: bytes, extra: bytes) -> int:
         return self._numbers.setdefault((tenant, extra), len(self._numbers) + 1)
 
-    def after(self, stamp: int, token: int) -> int:
+    def after(self, stamp: int, token: int | tuple[bytes, int]) -> int:
         return self._numbers.setdefault((stamp, token), len(self._numbers) + 1)
 
 

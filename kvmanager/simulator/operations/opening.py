@@ -32,12 +32,24 @@ def _open(driver: Any) -> Open:
     pool = rng.choice(driver.config.pools).name if rng.random() < driver.drawn("opens that name a pool", 0.3, 0.7, 1) else ""
     chunk = rng.choice((0, 5, PAGE, 100, 100, 100))
     tenant, extra = rng.choice((b"red", b"blue")), rng.choice((b"",) * 7 + (b"lora",))
-    return Open(_prompt(driver), pool, tenant, extra, chunk, "" if pool else "default", wait=rng.random() < 0.5)
+    prompt = _prompt(driver)
+    extras = _extras(driver, len(prompt)) if rng.random() < driver.drawn("opens with extra keys", 0, 0, 0.2, 0.6) else []
+    return Open(prompt, pool, tenant, extra, chunk, "" if pool else "default", wait=rng.random() < 0.5, extras=extras)
+
+
+def _extras(driver: Any, count: int) -> list[tuple[bytes, int, int]]:
+    rng = driver.rng
+    starts = [rng.choice((0, 5, PAGE - 1, PAGE, PAGE + 3)) % count for _ in range(rng.choice((1, 1, 2)))]
+    return [(rng.choice((b"cat", b"dog")), start, min(count, start + rng.choice((1, 4, PAGE)))) for start in starts]
 
 
 def _stamps(model: Model, asked: Open) -> list[int]:
+    """A stamp for each token: of all tokens up to it, and of all extra keys whose ranges have begun."""
     stamp, stamps = model.stamps.root(asked.tenant, asked.extra), []
-    for token in asked.tokens.tolist():
+    for place, token in enumerate(asked.tokens.tolist()):
+        for key, start, stop in asked.extras:
+            if start == place:
+                stamp = model.stamps.after(stamp, (key, stop - start))
         stamps.append(stamp := model.stamps.after(stamp, token))
     return stamps
 
