@@ -126,7 +126,9 @@ def replay(
         click.echo(json.dumps(report.to_json()))
     else:
         click.echo("\n".join(report.lines()))
-    saved = plot_path is not None and save_plot(plot_path, run.meter.series, run.meter.pages_total, unit, report.lines()[0])
+    saved = plot_path is not None and save_plot(
+        plot_path, run.meter.series, run.meter.pages_total, unit, report.lines()[0].replace("; ", "\n")
+    )
     if plot_path is not None and not saved:
         click.echo(f"kvmanager: {plot_path} was not written: matplotlib is not installed", err=True)
     if not saved and not as_json:

@@ -15,6 +15,7 @@ from kvmanager.commands import Enqueue, Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.events import EventBatch, PagesEvicted
 from kvmanager.manager import KVManager, StepReply
+from kvmanager.replay.traces import TOKENS_MAX
 
 __all__ = ["ITEMS_MAX", "SAMPLES_MAX", "Counts", "Meter", "Series"]
 
@@ -85,6 +86,7 @@ class Meter:
         config = ManagerConfig(
             tuple(pools),
             sequences_max=sequences,
+            sequence_tokens_max=2 * TOKENS_MAX + 1,  # the longest prompt, its output, and the token that makes a whole page usable
             batch_max=max(sequences, queue, 1),
             waiting_max=queue,
             waiting_tokens_max=1 << 32,  # a trace's own lengths bound it

@@ -27,7 +27,7 @@ from kvmanager.config import check_int
 from kvmanager.errors import InvalidValue
 from kvmanager.tables import div_ceil
 
-__all__ = ["BLOCK_TOKENS", "TokensOf", "TracedRequest", "read_trace"]
+__all__ = ["BLOCK_TOKENS", "TOKENS_MAX", "TokensOf", "TracedRequest", "read_trace"]
 
 BLOCK_TOKENS = 512  # what one id of a Mooncake trace stands for
 TOKENS_MAX = 1 << 20  # of one prompt, and of one output

@@ -137,6 +137,11 @@ def test_a_prompt_that_fills_the_pool_is_refused_and_counted(write_trace: WriteT
     assert (run.meter.counts.too_large, run.meter.counts.pages_hit, run.meter.counts.pages_whole) == (1, 2, 4)
 
 
+def test_the_longest_prompt_is_replayed(write_trace: WriteTrace) -> None:
+    rows = [request(0, range(2048)), request(0, range(2048))]
+    assert hits_of(read_trace(write_trace(rows)), 1025, 1024) == ([0, 1024], 0)
+
+
 TRACES = os.environ.get("KVMANAGER_TRACES", "")
 
 
