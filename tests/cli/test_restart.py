@@ -98,9 +98,7 @@ class Worker(threading.Thread):
                         self.step(*self.runs.popleft())
                     content = self.follower.replica.ack()
                     if content is not None:
-                        self.client.ack(
-                            self.worker, content.version, ids=content.ids, tokens=content.tokens, pulled=content.pulled, epoch=content.epoch
-                        )
+                        self.client.ack(self.worker, **content._asdict())
         except BaseException as error:  # noqa: BLE001 - told to the test's own thread
             self.failed = error
         self.client.disconnect()

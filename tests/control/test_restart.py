@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvmanager.client import KVClient
 from kvmanager.commands import Ack, Open, Step
@@ -355,6 +357,56 @@ def test_replica_too_far_behind_for_the_log_starts_from_a_snapshot_and_is_not_st
     assert replica.epoch == 2 and not replica.stranded and replica.version == again.kv.state.version
     content = replica.ack()
     assert content is not None and content.version == again.kv.state.version
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_replicas_at_any_place_after_a_lost_host(data: st.DataObject) -> None:
+    """Whatever part of the log the host took with it, and however far each replica was: it is stranded if and only if it has seen what is
+    lost, and otherwise comes to the manager's tables, and the manager to what it has written."""
+    life = begun()
+    replicas = {pool.name: Replica(pool.name) for pool in CONFIG.pools}
+    sent: list[bytes] = []
+    for replica in replicas.values():
+        replica.load(life.kv.tables_snapshot())
+    life.kv.subscribe(lambda batch, data: sent.append(data))
+    start = life.kv.state.version
+    life.live(data.draw(st.integers(0, 8)), data.draw(st.integers(0, 1000)))
+    life.journal.sync()
+    life.live(data.draw(st.integers(0, 8)), data.draw(st.integers(0, 1000)))
+    seen = {name: data.draw(st.integers(0, len(sent)), label=name) for name in replicas}
+    for name, replica in replicas.items():
+        for each in sent[: seen[name]]:
+            replica.feed(each)
+            while replica.step:
+                replica.finish(replica.step, replica.tables.open_ids().tolist())
+        replica.ack()
+    kept = data.draw(st.integers(0, 3000), label="kept")
+    again = Life(life.files.lost(lambda name, unsynced: kept))
+    assert again.kv.recovered is not None
+    last = again.kv.recovered.segment.last
+    for name, replica in replicas.items():
+        follow(again, replica)
+        assert replica.stranded == (start + seen[name] > last), (name, seen[name], last)
+        if replica.stranded:
+            continue
+        while replica.step:
+            replica.finish(replica.step, replica.tables.open_ids().tolist())
+        assert (replica.epoch, replica.version) == (2, again.kv.state.version)
+        assert replica.tables.digest() == again.kv.state.tables.digest()
+        for pull in replica.pulls():
+            replica.begin_pull(pull.handoff)
+            replica.pulled(pull.handoff)
+        content = replica.ack()
+        assert content is not None and content.version == again.kv.state.version
+        worker = next(each.worker_id for each in again.kv.state.workers.values() if each.name == f"{name}0")
+        again.kv.ack(worker, **content._asdict())
+    state = again.kv.state
+    for pool in state.pools:
+        current = not replicas[pool.name].stranded
+        again.kv.tick()
+        held = bool(pool.quarantine) and pool.oldest_quarantined() <= state.begun
+        assert not held if current else not len(pool.free), pool.counts()
 
 
 # --- config and clock ------------------------------------------------------------------------------------------------------------
