@@ -129,7 +129,7 @@ def run_kernels(problem: Problem, layer: int, tile: Tile | None, num_programs: i
     if tile is None:
         from kvmanager.attention.cuda_path import hopper_shape
 
-        shape = hopper_shape(q.shape[1], num_programs)
+        shape = hopper_shape(q.shape[1], problem.memory.layout.kv_lora_rank, num_programs)
     else:
         shape = Shape(q.shape[1], tile.block_rows, tile.block_tokens, num_programs)
     lengths, counts, starts = tables.lengths.astype(np.int64), np.array(problem.query_lens, np.int64), tables.page_indptr[:-1]
@@ -151,7 +151,7 @@ def run_kernels(problem: Problem, layer: int, tile: Tile | None, num_programs: i
         hopper.attend(q, described, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, causal)
     else:
         mla_decode.attend(q, pages, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, tile, causal)
-    mla_merge.merge(partial_out, partial_lse, merges, out, lse)
+    mla_merge.merge(partial_out, partial_lse, merges, out, lse, overlap=tile is None)
     return out, lse
 
 

@@ -16,11 +16,11 @@ from kvmanager.kernels import latent_write, mla_decode, mla_merge
 __all__ = ["CudaPath", "hopper_shape"]
 
 
-def hopper_shape(num_heads: int, num_programs: int) -> Shape:
+def hopper_shape(num_heads: int, rank: int, num_programs: int) -> Shape:
     """What a work list for the Hopper kernel is cut for."""
     from kvmanager.kernels import mla_decode_hopper as hopper
 
-    return Shape(num_heads, hopper.BLOCK_ROWS, hopper.BLOCK_TOKENS, num_programs, split_tiles_min=1, whole_tiles=3)
+    return Shape(num_heads, hopper.BLOCK_ROWS, hopper.block_tokens(rank), num_programs, split_tiles_min=1, whole_tiles=3)
 
 
 class CudaPath:
@@ -37,7 +37,7 @@ class CudaPath:
 
             # Made here, once: what TMA must know of a layer's pages never changes, and nothing is made on the step path.
             self._pages = [mla_decode_hopper.describe_pages(memory.layer(index), self._rank) for index in range(layout.num_layers)]
-            shapes = [hopper_shape(num_heads, properties.multi_processor_count)] * 2
+            shapes = [hopper_shape(num_heads, self._rank, properties.multi_processor_count)] * 2
         else:
             dtype = memory.pages.dtype
             self._tiles = [
@@ -75,7 +75,8 @@ class CudaPath:
         else:
             pages, tile = self._memory.layer(layer), self._tiles[kind]
             mla_decode.attend(q, pages, device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale, tile)
-        mla_merge.merge(partial_out, partial_lse, work.merges, out, lse)
+        rows_max = q.shape[1] if is_decode else None
+        mla_merge.merge(partial_out, partial_lse, work.merges, out, lse, rows_max, overlap=self.kernel == "hopper")
 
 
 def _device_plan(plan: Plan) -> DevicePlan:

@@ -76,10 +76,11 @@ def _cut(shape: Shape, tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.nd
     """Cut units of `tiles` tiles each into pieces: unit, first tile, end tile and lane of each piece, in order."""
     cost = tiles + OVERHEAD_TILES
     ends = np.cumsum(cost)
-    share = max(div_ceil(int(ends[-1]), lanes), shape.split_tiles_min)
-    if shape.whole_tiles and (whole := _whole(ends, lanes, share + shape.whole_tiles)) is not None:
+    length = int(ends[-1])
+    if shape.whole_tiles and (whole := _whole(ends, lanes, div_ceil(length, lanes) + shape.whole_tiles)) is not None:
         return np.arange(len(tiles)), np.zeros(len(tiles), np.int64), tiles, whole
-    cut = np.arange(share, min(share * lanes, int(ends[-1])), share, dtype=np.int64)  # lanes - 1 of them at most
+    used = max(1, min(lanes, length // shape.split_tiles_min))
+    cut = np.arange(1, used, dtype=np.int64) * length // used  # shares differ by one tile at most
     unit = np.searchsorted(ends, cut, side="right")
     tile = cut - (ends - cost)[unit] - OVERHEAD_TILES
     tile[tile < shape.split_tiles_min] = 0

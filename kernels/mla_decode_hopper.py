@@ -30,10 +30,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["BLOCK_ROWS", "BLOCK_TOKENS", "PageDescriptors", "attend", "describe_pages"]
+__all__ = ["BLOCK_ROWS", "PageDescriptors", "attend", "block_tokens", "describe_pages"]
 
 BLOCK_ROWS = 64  # (query token, head) rows of a program's item
-BLOCK_TOKENS = 128  # latents between two places where a sequence may be cut: a pair of tiles
 NUM_WARPS = 4  # a partition's; the loader has one
 
 # Names that moved between Triton 3.6 and 3.9.
@@ -41,13 +40,11 @@ _async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_share
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
-_TILE = gl.constexpr(64)
 _LAZY_TOP = gl.constexpr(8.0)
-_SCORE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 _SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 _SHARED_BOX = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
 _LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-_FLAGS = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
+_FLAG = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 class PageDescriptors(NamedTuple):
@@ -59,7 +56,7 @@ class PageDescriptors(NamedTuple):
 
 
 def _box(page_size: int) -> int:
-    """Rows that one TMA request takes: a tile, or what divides both a tile and a page."""
+    """Rows that one TMA request takes: what divides both a tile and a page."""
     return next(box for box in (64, 32, 16) if page_size % box == 0)
 
 
@@ -67,7 +64,7 @@ def describe_pages(pages: Tensor, rank: int) -> PageDescriptors:
     """pages [num_pages, page_size, entry]: one layer's view of page-major memory, bf16 or fp16; its page stride may pass 2**31 elements."""
     page_size = pages.shape[1]
     box = _box(page_size)
-    width = _group(rank) if box == 64 else 64
+    width = _group(rank) if box == _tile(rank) else 64  # a box of fewer rows than a tile fills no more than one swizzled column of it
     layout = _SHARED_BOX.value
     kv = TensorDescriptor.from_tensor(pages[:, :, :rank], [1, box, width], layout)
     rope = TensorDescriptor.from_tensor(pages[:, :, rank:], [1, box, 64], layout)
@@ -76,6 +73,16 @@ def describe_pages(pages: Tensor, rank: int) -> PageDescriptors:
 
 def _block_rank(rank: int) -> int:
     return max(128, triton.next_power_of_2(rank))
+
+
+def _tile(rank: int) -> int:
+    """Latents of a tile: as many as registers and shared memory hold, since what a tile costs besides its products is the same for any."""
+    return 64 if _block_rank(rank) > 256 else 128
+
+
+def block_tokens(rank: int) -> int:
+    """Latents between two places where a sequence may be cut: a pair of tiles."""
+    return 2 * _tile(rank)
 
 
 def _rows(q: Tensor) -> Tensor:
@@ -100,6 +107,7 @@ def constants(rank: int, rope: int, page_size: int, causal: bool) -> dict[str, i
         "RANK": rank,
         "BLOCK_RANK": _block_rank(rank),
         "BLOCK_ROPE": triton.next_power_of_2(rope),
+        "TILE": _tile(rank),
         "IS_CAUSAL": causal,
     }
 
@@ -122,7 +130,7 @@ def attend(
     q            [num_tokens, heads, entry]  bf16 | fp16; entry contiguous. TMA wants one stride, a multiple of 16 bytes, from each (token, head)
                                              to the next, and a base at one: a q that has none is copied first
     pages        describe_pages of the layer
-    items        `begin` is a multiple of BLOCK_TOKENS, `row` of BLOCK_ROWS
+    items        `begin` is a multiple of block_tokens, `row` of BLOCK_ROWS
 
     One launch of a fixed grid, no allocation, no host sync: safe under graph capture, replayable with new work lists. No atomics."""
     rank, rope = out.shape[-1], q.shape[-1] - out.shape[-1]
@@ -177,6 +185,14 @@ def _opaque_zero():
 
 
 @gluon.jit
+def _allow_next_kernel():
+    """Programmatic dependent launch: once all programs are here, the merge is launched as they end, and waits for the last by itself.
+
+    Not earlier: the first few multiprocessors to be free would get all of it."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _load_item(items_ptr, index):
     item_ptr = items_ptr + index * 8  # 2**24 items at most
     return (
@@ -194,69 +210,91 @@ def _load_item(items_ptr, index):
 @gluon.jit
 def _mask(score, start, row0, query_len, length, end, num_heads, BOX: gl.constexpr, IS_CAUSAL: gl.constexpr):
     """-inf where a column of the tile at `start` holds no latent of the item, or one that the row must not see."""
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, _SCORE))
-    have = gl.minimum(gl.maximum(end - start, 0), 64)
+    TILE: gl.constexpr = score.shape[1]
+    LAYOUT: gl.constexpr = score.type.layout
+    column = gl.arange(0, TILE, layout=gl.SliceLayout(0, LAYOUT))
+    have = gl.minimum(gl.maximum(end - start, 0), TILE)
     whole = have // BOX * BOX  # columns of full boxes; the next box has its latents last
     shift = BOX - have % BOX
     in_next = (column >= whole + shift) & (column < whole + BOX)
     position = gl.where(column < whole, start + column, gl.where(in_next, start + column - shift, 0x7FFFFFFF))
-    row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, _SCORE))
+    row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     if IS_CAUSAL:
         limit = gl.minimum(length - query_len + row // num_heads + 1, end)
     else:
-        limit = gl.full([64], 0, gl.int32, gl.SliceLayout(1, _SCORE)) + gl.minimum(length, end)
+        limit = gl.full([64], 0, gl.int32, gl.SliceLayout(1, LAYOUT)) + gl.minimum(length, end)
     return gl.where(gl.expand_dims(position, 0) < gl.expand_dims(limit, 1), score, float("-inf"))
 
 
 @gluon.jit
-def _raise_top(top, score, scale_log2, tops, flags, ROW: gl.constexpr):
+def _raise_top(top, high, tops, flags):
     """The running maximum after one more tile, told to the other warpgroup; flags: whether it moved for any row of each warp."""
-    high = gl.convert_layout(gl.max(score, 1), ROW) * scale_log2
     moves = high > top + _LAZY_TOP
     new_top = gl.where(moves, high, top)
     tops.store(new_top)
-    flags.store(gl.max(gl.reshape(gl.where(moves, 1, 0), [4, 16]), 1))
+    any_moves = gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; setp.ne.s32 p, $2, 0; setp.ne.s32 q, $3, 0; or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff;"
+        " selp.s32 $0, 1, 0, p; mov.b32 $1, $0; }",
+        "=r,=r,r,r", [gl.where(moves, 1, 0)], dtype=gl.int32, is_pure=True, pack=2,
+    )  # fmt: skip
+    flags.store(any_moves)
     return new_top
 
 
 @gluon.jit
 def _moved(flags):
-    return gl.max(flags.load(_FLAGS), 0) > 0
+    first, second, third, fourth = flags.slice(0, 1), flags.slice(16, 1), flags.slice(32, 1), flags.slice(48, 1)
+    return gl.max(first.load(_FLAG) | second.load(_FLAG) | third.load(_FLAG) | fourth.load(_FLAG), 0) > 0
 
 
 @gluon.jit
 def _probability(score, top, scale_log2):
-    return gl.exp2(score * scale_log2 - gl.expand_dims(gl.convert_layout(top, gl.SliceLayout(1, _SCORE)), 1))
+    return gl.exp2(score * scale_log2 - gl.expand_dims(gl.convert_layout(top, gl.SliceLayout(1, score.type.layout)), 1))
+
+
+@gluon.constexpr_function
+def _store_layout(columns, contiguous):
+    """As the accumulator's, but that a thread has `contiguous` neighbouring columns: the four threads of a row exchange what they have."""
+    registers = [[0, 1 << bit] for bit in range(8) if 1 << bit < contiguous] + [[8, 0]]
+    registers += [[0, 1 << bit] for bit in range(8) if 4 * contiguous <= 1 << bit < columns]
+    lanes = [[0, contiguous], [0, 2 * contiguous], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
+
+
+@gluon.jit
+def _store_rows(ptr, value, rows, RANK: gl.constexpr, IS_RIGHT: gl.constexpr):
+    COLUMNS: gl.constexpr = value.shape[1]
+    LAYOUT: gl.constexpr = value.type.layout
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)) + COLUMNS * IS_RIGHT
+    at = gl.expand_dims(row * RANK, 1) + gl.expand_dims(column, 0)
+    is_value = gl.expand_dims(row < rows, 1) & gl.expand_dims(column < RANK, 0)
+    gl.store(ptr + at, value, mask=is_value)
 
 
 @gluon.jit
 def _store(acc, top, total, first_token, query_len, row0, partial, num_heads, outputs, RANK: gl.constexpr, IS_RIGHT: gl.constexpr):
+    """Rows of an item that is not split to the output, those of one that is to its partial slot; 16 bytes a thread at a time.
+
+    The order of these lines is worth 3 % at 128 x 128 x 4,096: with the exchange inside of _store_rows ptxas keeps the thread's place in
+    uniform registers, and the loop above waits for them."""
     out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr = outputs
-    COLUMNS: gl.constexpr = acc.shape[1]
-    block_row = gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout))
-    if IS_RIGHT:
-        column += COLUMNS
-    row = row0 + block_row
-    is_row = row < query_len * num_heads
     seen = total > 0
-    value = acc * gl.expand_dims(gl.where(seen, 1.0 / total, 0.0), 1)
+    acc = acc * gl.expand_dims(gl.where(seen, 1.0 / total, 0.0), 1)
     norm = gl.where(seen, (top + gl.log2(total)) * 0.6931471805599453, float("-inf"))
-    is_value = gl.expand_dims(is_row, 1)
-    if RANK < 2 * COLUMNS:
-        is_value = is_value & gl.expand_dims(column < RANK, 0)
+    row = gl.arange(0, 64, layout=total.type.layout)
+    rows = query_len * num_heads - row0
     if partial < 0:
         base = first_token.to(gl.int64) * num_heads + row0
-        at = gl.expand_dims(block_row * RANK, 1) + gl.expand_dims(column, 0)
-        gl.store(out_ptr + base * RANK + at, value.to(out_ptr.dtype.element_ty), mask=is_value)
+        value = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), _store_layout(acc.shape[1], 8))
+        _store_rows(out_ptr + base * RANK, value, rows, RANK, IS_RIGHT)
         if not IS_RIGHT:
-            gl.store(lse_ptr + base + block_row, norm, mask=is_row)
+            gl.store(lse_ptr + base + row, norm, mask=row < rows)
     else:
         base = partial.to(gl.int64) * 64
-        at = gl.expand_dims(block_row * RANK, 1) + gl.expand_dims(column, 0)
-        gl.store(partial_out_ptr + base * RANK + at, value, mask=is_value)
+        _store_rows(partial_out_ptr + base * RANK, gl.convert_layout(acc, _store_layout(acc.shape[1], 4)), rows, RANK, IS_RIGHT)
         if not IS_RIGHT:
-            gl.store(partial_lse_ptr + base + block_row, norm, mask=is_row)
+            gl.store(partial_lse_ptr + base + row, norm, mask=row < rows)
 
 
 @gluon.jit
@@ -276,12 +314,16 @@ def _left(
     GROUPS: gl.constexpr = HALF // GROUP
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
-    left_k = _view(left, [2 * GROUPS, 64, GROUP], _SHARED)
-    right_k = _view(right, [2 * GROUPS, 64, GROUP], _SHARED)
+    PROBABILITY: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
+    TILE: gl.constexpr = left.shape[1]
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
+    left_k = _view(left, [2 * GROUPS, TILE, GROUP], _SHARED)
+    right_k = _view(right, [2 * GROUPS, TILE, GROUP], _SHARED)
+    probabilities = _view(rope, [2, 64, TILE], _SHARED)
     turn = 0
     for index in range(first, last):
         _, first_token, query_len, length, row0, begin, end, partial = _load_item(items_ptr, index)
-        pairs = gl.maximum((end - begin + 127) // 128, 1)
+        pairs = gl.maximum((end - begin + 2 * TILE - 1) // (2 * TILE), 1)
         clear = end
         if IS_CAUSAL:
             clear = gl.minimum(length - query_len + row0 // num_heads + 1, end)  # positions that every row sees
@@ -290,10 +332,10 @@ def _left(
         total = gl.zeros([64], gl.float32, ROW)
         mbarrier.wait(full_q, (index - first) & 1)
         for pair in range(pairs):
-            start = begin + pair * 128
+            start = begin + pair * (2 * TILE)
             phase = turn & 1
             zero = _opaque_zero()
-            score = gl.zeros([64, 64], gl.float32, _SCORE)
+            score = gl.zeros([64, TILE], gl.float32, SCORE)
             for n in gl.static_range(GROUPS):
                 mbarrier.wait(full_left0[n], phase)
                 score = warpgroup_mma(q.index(n + zero), left_k.index(n + zero).permute((1, 0)), score, use_acc=n > 0, is_async=True)
@@ -304,21 +346,21 @@ def _left(
             score = warpgroup_mma(
                 q_rope.slice(0, BLOCK_ROPE, dim=1), rope.index(zero).slice(0, BLOCK_ROPE, dim=1).permute((1, 0)), score, is_async=True
             )
-            score = warpgroup_mma_wait(0, deps=(score,))
             mbarrier.arrive(scored0, count=1)
+            score = warpgroup_mma_wait(0, deps=(score,))
             if pair == pairs - 1:
                 mbarrier.arrive(q_free, count=1)
-            if start + 128 > clear:
+            if start + 2 * TILE > clear:
                 score = _mask(score, start, row0, query_len, length, end, num_heads, BOX, IS_CAUSAL)
-            top0 = _raise_top(top, score, scale_log2, tops0, flags0, ROW)
+            top0 = _raise_top(top, gl.convert_layout(gl.max(score, 1), ROW) * scale_log2, tops0, flags0)
             p = _probability(score, top0, scale_log2)
-            rope.index(0).store(p.to(rope.dtype))
+            probabilities.index(0).store(p.to(rope.dtype))
             fence_async_shared()
             _release(p0_ready)
             keep = gl.exp2(top - top0)
             if _moved(flags0):
                 acc = acc * gl.expand_dims(keep, 1)
-            acc = warpgroup_mma(rope.index(zero), left.index(zero), acc, is_async=True)
+            acc = warpgroup_mma(gl.convert_layout(p.to(rope.dtype), PROBABILITY), left.index(zero), acc, is_async=True)
             total = total * keep + gl.convert_layout(gl.sum(p, 1), ROW)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(left0_free)
@@ -328,7 +370,7 @@ def _left(
             total = total * keep
             if _moved(flags1):
                 acc = acc * gl.expand_dims(keep, 1)
-            acc = warpgroup_mma(rope.index(1 + zero), left.index(1 + zero), acc, is_async=True)
+            acc = warpgroup_mma(probabilities.index(1 + zero), left.index(1 + zero), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(left1_free)
             turn += 1
@@ -336,6 +378,8 @@ def _left(
         _release(done0)
         mbarrier.wait(done1, (index - first) & 1)
         total += totals1.load(ROW)
+        if index == last - 1:
+            _allow_next_kernel()
         _store(acc, top, total, first_token, query_len, row0, partial, num_heads, outputs, RANK, False)
 
 
@@ -356,12 +400,16 @@ def _right(
     GROUPS: gl.constexpr = HALF // GROUP
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
-    left_k = _view(left, [2 * GROUPS, 64, GROUP], _SHARED)
-    right_k = _view(right, [2 * GROUPS, 64, GROUP], _SHARED)
+    PROBABILITY: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
+    TILE: gl.constexpr = left.shape[1]
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
+    left_k = _view(left, [2 * GROUPS, TILE, GROUP], _SHARED)
+    right_k = _view(right, [2 * GROUPS, TILE, GROUP], _SHARED)
+    probabilities = _view(rope, [2, 64, TILE], _SHARED)
     turn = 0
     for index in range(first, last):
         _, first_token, query_len, length, row0, begin, end, partial = _load_item(items_ptr, index)
-        pairs = gl.maximum((end - begin + 127) // 128, 1)
+        pairs = gl.maximum((end - begin + 2 * TILE - 1) // (2 * TILE), 1)
         clear = end
         if IS_CAUSAL:
             clear = gl.minimum(length - query_len + row0 // num_heads + 1, end)
@@ -370,19 +418,19 @@ def _right(
         total = gl.zeros([64], gl.float32, ROW)
         mbarrier.wait(full_q, (index - first) & 1)
         for pair in range(pairs):
-            start = begin + pair * 128
+            start = begin + pair * (2 * TILE)
             phase = turn & 1
             zero = _opaque_zero()
-            score = gl.zeros([64, 64], gl.float32, _SCORE)
+            score = gl.zeros([64, TILE], gl.float32, SCORE)
             mbarrier.wait(scored0, phase)  # in turn: the left scores would slow down if the tensor cores were shared
             for n in gl.static_range(GROUPS):
-                mbarrier.wait(full_right1[n], phase)
+                mbarrier.wait(full_left1[n], phase)
                 score = warpgroup_mma(
-                    q.index(GROUPS + n + zero), right_k.index(GROUPS + n + zero).permute((1, 0)), score, use_acc=n > 0, is_async=True
+                    q.index(n + zero), left_k.index(GROUPS + n + zero).permute((1, 0)), score, use_acc=n > 0, is_async=True
                 )
             for n in gl.static_range(GROUPS):
-                mbarrier.wait(full_left1[n], phase)
-                score = warpgroup_mma(q.index(n + zero), left_k.index(GROUPS + n + zero).permute((1, 0)), score, is_async=True)
+                mbarrier.wait(full_right1[n], phase)
+                score = warpgroup_mma(q.index(GROUPS + n + zero), right_k.index(GROUPS + n + zero).permute((1, 0)), score, is_async=True)
             mbarrier.wait(full_rope1, phase)
             score = warpgroup_mma(
                 q_rope.slice(0, BLOCK_ROPE, dim=1), rope.index(1 + zero).slice(0, BLOCK_ROPE, dim=1).permute((1, 0)), score, is_async=True
@@ -390,17 +438,18 @@ def _right(
             score = warpgroup_mma_wait(0, deps=(score,))
             if pair == pairs - 1:
                 mbarrier.arrive(q_free, count=1)
+            if start + 2 * TILE > clear:
+                score = _mask(score, start + TILE, row0, query_len, length, end, num_heads, BOX, IS_CAUSAL)
+            high = gl.convert_layout(gl.max(score, 1), ROW) * scale_log2
             mbarrier.wait(p0_ready, phase)
             top0 = tops0.load(ROW)
             keep0 = gl.exp2(top - top0)
             if _moved(flags0):
                 acc = acc * gl.expand_dims(keep0, 1)
-            acc = warpgroup_mma(rope.index(zero), right.index(zero), acc, is_async=True)
-            if start + 128 > clear:
-                score = _mask(score, start + 64, row0, query_len, length, end, num_heads, BOX, IS_CAUSAL)
-            top = _raise_top(top0, score, scale_log2, tops1, flags1, ROW)
+            acc = warpgroup_mma(probabilities.index(zero), right.index(zero), acc, is_async=True)
+            top = _raise_top(top0, high, tops1, flags1)
             p = _probability(score, top, scale_log2)
-            rope.index(1).store(p.to(rope.dtype))
+            probabilities.index(1).store(p.to(rope.dtype))
             fence_async_shared()
             _release(p1_ready)
             keep1 = gl.exp2(top0 - top)
@@ -409,7 +458,7 @@ def _right(
             _release(right0_free)
             if _moved(flags1):
                 acc = acc * gl.expand_dims(keep1, 1)
-            acc = warpgroup_mma(rope.index(1 + zero), right.index(1 + zero), acc, is_async=True)
+            acc = warpgroup_mma(gl.convert_layout(p.to(rope.dtype), PROBABILITY), right.index(1 + zero), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(right1_free)
             turn += 1
@@ -434,44 +483,50 @@ def _row_of(start, end, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _load_boxes(desc, pages, start, end, column, barrier, memory, tile: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr):
+def _load_boxes(
+    desc,
+    pages,
+    start,
+    end,
+    column,
+    barrier,
+    memory,
+    TILE_INDEX: gl.constexpr,
+    TILE: gl.constexpr,
+    BOX: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+):
     """Ask for columns from `column` on of one tile, box by box."""
-    BOXES: gl.constexpr = 64 // BOX
+    BOXES: gl.constexpr = TILE // BOX
     for n in gl.static_range(BOXES):
         row = _row_of(start + n * BOX, end, BOX, PAGE_SIZE)
-        _async_load(desc, [pages[n], row, column], barrier, memory.index(tile * BOXES + n))
+        _async_load(desc, [pages[n], row, column], barrier, memory.index(TILE_INDEX * BOXES + n))
 
 
 @gluon.jit
 def _load_half(
     desc, pages, start, end, barriers, memory,
-    TILE: gl.constexpr, COLUMN: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
+    TILE_INDEX: gl.constexpr, COLUMN: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, TILE: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = desc.block_shape[2]
     PIECES: gl.constexpr = GROUP // WIDTH
     for n in gl.static_range(GROUPS):
-        mbarrier.expect(barriers[n], 64 * GROUP * 2)
+        mbarrier.expect(barriers[n], TILE * GROUP * 2)
         for piece in gl.static_range(PIECES):
             _load_boxes(
                 desc, pages, start, end, COLUMN + n * GROUP + piece * WIDTH, barriers[n], memory,
-                (TILE * GROUPS + n) * PIECES + piece, BOX, PAGE_SIZE,
+                (TILE_INDEX * GROUPS + n) * PIECES + piece, TILE, BOX, PAGE_SIZE,
             )  # fmt: skip
 
 
 @gluon.jit
-def _load_pages(table_ptr, start, end, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr):
+def _load_pages(table_ptr, start, end, TILE: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """Page ids of the boxes of one tile."""
-    if BOX == 64:
+    if TILE == BOX:
         return (_page_of(table_ptr, start, end, PAGE_SIZE),)
-    elif BOX == 32:
-        return (_page_of(table_ptr, start, end, PAGE_SIZE), _page_of(table_ptr, start + 32, end, PAGE_SIZE))
     else:
-        return (
-            _page_of(table_ptr, start, end, PAGE_SIZE),
-            _page_of(table_ptr, start + 16, end, PAGE_SIZE),
-            _page_of(table_ptr, start + 32, end, PAGE_SIZE),
-            _page_of(table_ptr, start + 48, end, PAGE_SIZE),
-        )
+        HALF: gl.constexpr = TILE // 2
+        return _load_pages(table_ptr, start, end, HALF, BOX, PAGE_SIZE) + _load_pages(table_ptr, start + HALF, end, HALF, BOX, PAGE_SIZE)
 
 
 @gluon.jit
@@ -489,14 +544,15 @@ def _loader(
     GROUP: gl.constexpr = q.shape[2]
     GROUPS: gl.constexpr = HALF // GROUP
     WIDTH: gl.constexpr = kv_desc.block_shape[2]
-    BOXES: gl.constexpr = 64 // BOX
+    TILE: gl.constexpr = left.shape[1]
+    BOXES: gl.constexpr = TILE // BOX
     left_boxes = _view(left, [2 * (HALF // WIDTH) * BOXES, 1, BOX, WIDTH], _SHARED_BOX)
     right_boxes = _view(right, [2 * (HALF // WIDTH) * BOXES, 1, BOX, WIDTH], _SHARED_BOX)
     rope_boxes = _view(rope, [2 * BOXES, 1, BOX, 64], _SHARED_BOX)
     turn = 0
     for index in range(first, last):
         page_start, first_token, _, _, row0, begin, end, _ = _load_item(items_ptr, index)
-        pairs = gl.maximum((end - begin + 127) // 128, 1)
+        pairs = gl.maximum((end - begin + 2 * TILE - 1) // (2 * TILE), 1)
         table_ptr = page_ids_ptr + page_start.to(gl.int64)
         mbarrier.wait(q_free, ((index - first) & 1) ^ 1)
         mbarrier.expect(full_q, 64 * (2 * HALF + 64) * 2)
@@ -505,22 +561,22 @@ def _loader(
             _async_load(q_desc, [q_row, n * GROUP], full_q, q.index(n))
         _async_load(q_rope_desc, [q_row, 0], full_q, q_rope)
         for pair in range(pairs):
-            start = begin + pair * 128
+            start = begin + pair * (2 * TILE)
             phase = (turn & 1) ^ 1
-            pages0 = _load_pages(table_ptr, start, end, BOX, PAGE_SIZE)
+            pages0 = _load_pages(table_ptr, start, end, TILE, BOX, PAGE_SIZE)
             mbarrier.wait(left0_free, phase)
-            _load_half(kv_desc, pages0, start, end, full_left0, left_boxes, 0, 0, BOX, PAGE_SIZE, GROUP, GROUPS)
+            _load_half(kv_desc, pages0, start, end, full_left0, left_boxes, 0, 0, BOX, PAGE_SIZE, GROUP, GROUPS, TILE)
             mbarrier.wait(right0_free, phase)
-            _load_half(kv_desc, pages0, start, end, full_right0, right_boxes, 0, HALF, BOX, PAGE_SIZE, GROUP, GROUPS)
-            mbarrier.expect(full_rope0, 64 * 64 * 2)
-            _load_boxes(k_rope_desc, pages0, start, end, 0, full_rope0, rope_boxes, 0, BOX, PAGE_SIZE)
-            pages1 = _load_pages(table_ptr, start + 64, end, BOX, PAGE_SIZE)
-            mbarrier.wait(right1_free, phase)
-            _load_half(kv_desc, pages1, start + 64, end, full_right1, right_boxes, 1, HALF, BOX, PAGE_SIZE, GROUP, GROUPS)
+            _load_half(kv_desc, pages0, start, end, full_right0, right_boxes, 0, HALF, BOX, PAGE_SIZE, GROUP, GROUPS, TILE)
+            mbarrier.expect(full_rope0, TILE * 64 * 2)
+            _load_boxes(k_rope_desc, pages0, start, end, 0, full_rope0, rope_boxes, 0, TILE, BOX, PAGE_SIZE)
+            pages1 = _load_pages(table_ptr, start + TILE, end, TILE, BOX, PAGE_SIZE)
             mbarrier.wait(left1_free, phase)
-            _load_half(kv_desc, pages1, start + 64, end, full_left1, left_boxes, 1, 0, BOX, PAGE_SIZE, GROUP, GROUPS)
-            mbarrier.expect(full_rope1, 64 * 64 * 2)
-            _load_boxes(k_rope_desc, pages1, start + 64, end, 0, full_rope1, rope_boxes, 1, BOX, PAGE_SIZE)
+            _load_half(kv_desc, pages1, start + TILE, end, full_left1, left_boxes, 1, 0, BOX, PAGE_SIZE, GROUP, GROUPS, TILE)
+            mbarrier.wait(right1_free, phase)
+            _load_half(kv_desc, pages1, start + TILE, end, full_right1, right_boxes, 1, HALF, BOX, PAGE_SIZE, GROUP, GROUPS, TILE)
+            mbarrier.expect(full_rope1, TILE * 64 * 2)
+            _load_boxes(k_rope_desc, pages1, start + TILE, end, 0, full_rope1, rope_boxes, 1, TILE, BOX, PAGE_SIZE)
             turn += 1
 
 
@@ -552,9 +608,9 @@ def _attend_kernel(
     RANK: gl.constexpr,
     BLOCK_RANK: gl.constexpr,
     BLOCK_ROPE: gl.constexpr,
+    TILE: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):
-    programs = (gl.load(programs_ptr + gl.program_id(0)), gl.load(programs_ptr + gl.program_id(0) + 1))
     HALF: gl.constexpr = BLOCK_RANK // 2
     GROUP: gl.constexpr = q_desc.block_shape[1]
     GROUPS: gl.constexpr = HALF // GROUP
@@ -562,15 +618,15 @@ def _attend_kernel(
     memory = (
         gl.allocate_shared_memory(dtype, [2 * GROUPS, 64, GROUP], _SHARED),
         gl.allocate_shared_memory(dtype, [64, 64], _SHARED),
-        gl.allocate_shared_memory(dtype, [2, 64, HALF], _SHARED),
-        gl.allocate_shared_memory(dtype, [2, 64, HALF], _SHARED),
-        gl.allocate_shared_memory(dtype, [2, 64, 64], _SHARED),  # k_rope of a tile; once its scores are there, their probabilities
+        gl.allocate_shared_memory(dtype, [2, TILE, HALF], _SHARED),
+        gl.allocate_shared_memory(dtype, [2, TILE, HALF], _SHARED),
+        gl.allocate_shared_memory(dtype, [2, TILE, 64], _SHARED),  # k_rope of a tile; once its scores are there, their probabilities
     )
     exchange = (
         gl.allocate_shared_memory(gl.float32, [64], _LINE),
         gl.allocate_shared_memory(gl.float32, [64], _LINE),
-        gl.allocate_shared_memory(gl.int32, [4], _LINE),
-        gl.allocate_shared_memory(gl.int32, [4], _LINE),
+        gl.allocate_shared_memory(gl.int32, [64], _LINE),
+        gl.allocate_shared_memory(gl.int32, [64], _LINE),
         gl.allocate_shared_memory(gl.float32, [64], _LINE),
         gl.allocate_shared_memory(gl.float32, [64], _LINE),
     )
@@ -580,6 +636,7 @@ def _attend_kernel(
     q_free = _new_barrier(2)
     turns = (_new_barrier(1), _new_barrier(1), _new_barrier(1), _new_barrier(1), _new_barrier(1))  # p0 and p1 ready, scored0, done0, done1
     fence_async_shared()
+    programs = (gl.load(programs_ptr + gl.program_id(0)), gl.load(programs_ptr + gl.program_id(0) + 1))
     full0 = (full_q, full_left0, full_right0, full_rope0)
     full1 = (full_q, full_left1, full_right1, full_rope1)
     left_free, right_free = (left0_free, left1_free, q_free), (right0_free, right1_free, q_free)
@@ -587,8 +644,9 @@ def _attend_kernel(
     free = (left0_free, left1_free, right0_free, right1_free, q_free)
     outputs = (out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr)
     descs = (q_desc, q_rope_desc, kv_desc, k_rope_desc)
-    MATH_REGISTERS: gl.constexpr = 232 if BOX == 16 else 240  # the loader keeps the page ids of 8 boxes then
-    LOAD_REGISTERS: gl.constexpr = 40 if BOX == 16 else 24
+    # The loader keeps the page ids of all boxes of a tile.
+    LOAD_REGISTERS: gl.constexpr = 24 if TILE // BOX < 4 else 40
+    MATH_REGISTERS: gl.constexpr = 240 if TILE // BOX < 4 else 232
     gl.warp_specialize(
         [
             (_left, (memory, exchange, full0, left_free, turns, programs, items_ptr, outputs, scale_log2, num_heads, RANK, BLOCK_ROPE, BOX, IS_CAUSAL)),

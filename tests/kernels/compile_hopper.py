@@ -42,7 +42,7 @@ def compiled(rank: int, rope: int, page_size: int, dtype: str, causal: bool) -> 
     signature = {
         "q_desc": f"tensordesc<{dtype}[64, {group}],{flat}>",
         "q_rope_desc": f"tensordesc<{dtype}[64, 64],{flat}>",
-        "kv_desc": f"tensordesc<{dtype}[1, {box}, {group if box == 64 else 64}],{boxes}>",
+        "kv_desc": f"tensordesc<{dtype}[1, {box}, {group if box == constants['TILE'] else 64}],{boxes}>",
         "k_rope_desc": f"tensordesc<{dtype}[1, {box}, 64],{boxes}>",
         **{name: "*i32" for name in ("page_ids_ptr", "programs_ptr", "items_ptr")},
         **{name: "*fp32" for name in ("lse_ptr", "partial_out_ptr", "partial_lse_ptr")},
