@@ -75,21 +75,22 @@ class Segment:
     how many bytes it has.
     """
 
-    def __init__(self, name: str, data: bytes) -> None:
+    def __init__(self, name: str, data: bytes, folder: str = "") -> None:
         self.name = name
+        self.path = f"{folder}/{name}" if folder else name  # as errors name it
         self._data = memoryview(data)
         if len(data) < _HEADER.size:
-            raise JournalCorrupt(name, 0, f"a header of {_HEADER.size} bytes", f"{len(data)} bytes")
+            raise JournalCorrupt(self.path, 0, f"a header of {_HEADER.size} bytes", f"{len(data)} bytes")
         magic, number, size, zero, self.version, self.fingerprint, zero2, crc = _HEADER.unpack_from(data)
         if magic != MAGIC:
-            raise JournalCorrupt(name, 0, f"the magic {MAGIC!r}", repr(magic))
+            raise JournalCorrupt(self.path, 0, f"the magic {MAGIC!r}", repr(magic))
         if crc != zlib.crc32(self._data[: _HEADER.size - 4]):
-            raise JournalCorrupt(name, 0, "a header that agrees with its checksum", "one that differs")
+            raise JournalCorrupt(self.path, 0, "a header that agrees with its checksum", "one that differs")
         if (number, size, zero, zero2) != (FORMAT, _HEADER.size, 0, 0):
-            raise JournalCorrupt(name, 0, f"format {FORMAT}", f"format {number}, written by another version of kvmanager")
+            raise JournalCorrupt(self.path, 0, f"format {FORMAT}", f"format {number}, written by another version of kvmanager")
         found = self._record(_HEADER.size)
         if found is None or found[0] != SNAPSHOT or found[1] != self.version:
-            raise JournalCorrupt(name, _HEADER.size, f"the snapshot of version {self.version}", "no intact one")
+            raise JournalCorrupt(self.path, _HEADER.size, f"the snapshot of version {self.version}", "no intact one")
         self.snapshot = found[2]
         self.start = self.end = _HEADER.size + _RECORD.size + len(self.snapshot)
         self.torn = 0
@@ -126,7 +127,7 @@ class Segment:
             if crc32(payload) != crc:
                 break
             if version != self.last + 1 and not follows(self.last, version):
-                raise JournalCorrupt(self.name, at, f"the record of version {self.last + 1}", f"that of {version}")
+                raise JournalCorrupt(self.path, at, f"the record of version {self.last + 1}", f"that of {version}")
             self.end, self.last = stop, version
             yield Record(version, at, payload)
             at = stop
@@ -148,7 +149,7 @@ class Segment:
             record = self._record(at_next)
             if record is not None and record[1] > self.last:
                 expected = f"an intact record of version {self.last + 1}"
-                raise JournalCorrupt(self.name, at, expected, f"a damaged one, with version {record[1]} intact at offset {at_next}")
+                raise JournalCorrupt(self.path, at, expected, f"a damaged one, with version {record[1]} intact at offset {at_next}")
             at_next += 1
 
 
@@ -221,7 +222,7 @@ class Journal:
                 if name.endswith(".kvj.tmp"):
                     self.files.remove(self._path(name))
             segments = segment_names(names)
-            return Segment(segments[-1], self.files.read(self._path(segments[-1]))) if segments else None
+            return Segment(segments[-1], self.files.read(self._path(segments[-1])), self.folder) if segments else None
         except OSError as error:
             raise self._failed("open", error) from error
 

@@ -89,7 +89,7 @@ def replay(config: ManagerConfig, segment: Segment, tail: LogTail | None = None)
                 tail.append(record.version, data)
             records += 1
     except (BadMessage, InvariantBroken) as error:  # its checksum is right: it was written so
-        raise JournalCorrupt(segment.name, at, "a batch that can be applied", f"{type(error).__name__}: {error}"[:500]) from error
+        raise JournalCorrupt(segment.path, at, "a batch that can be applied", f"{type(error).__name__}: {error}"[:500]) from error
     return state, records
 
 

@@ -205,7 +205,7 @@ def test_serve_says_what_it_recovered_and_refuses_what_it_cannot_use(manager: Ma
     damaged = bytes(data)
     segment.write_bytes(damaged)
     done = subprocess.run([*COMMAND, "serve", *manager.arguments], check=False, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 2 and f"{segment.name}, offset " in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and f"{segment}, offset " in done.stderr and len(done.stderr.splitlines()) == 1
     assert segment.read_bytes() == damaged, "nothing is changed in what is refused"
 
 
