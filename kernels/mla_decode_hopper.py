@@ -1,7 +1,7 @@
 """Absorbed MLA attention for Hopper (sm_90), in Gluon: the work list, the rows and the results of mla_decode.py, two warpgroups that take turns.
 
 64 rows x 512 values of the output don't fit one warpgroup's registers, so the left warpgroup keeps the first half of the columns and the right
-one the second. 128 latents are taken at a time, as two tiles of 64 that stay in shared memory from their scores to their values:
+one the second. Latents are taken as pairs of tiles that stay in shared memory from their scores to their values:
 
     left    S0 = Q K0^T,  P0 = softmax(S0)  ------>  O_left  = O_left  + P0 V0_left,                 + P1 V1_left
     right   S1 = Q K1^T,                             O_right = O_right + P0 V0_right,  P1 = softmax(S1),  + P1 V1_right
