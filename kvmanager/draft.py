@@ -173,6 +173,8 @@ class PoolDraft:
 
     def make_room(self, count: int, account: Account) -> None:
         """Charge a tenant with `count` pages that it takes, and evict its own cached ones as far as its quota asks for it."""
+        if not count:
+            return  # it may be over its quota, by one that was set lower
         over = account.pages + self.charged.get(account, 0) + count - account.quota
         if over > 0:
             self._evict(over, account)

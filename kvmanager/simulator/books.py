@@ -53,6 +53,8 @@ class Text:
     pages: list[int] = field(default_factory=list)
     handoff: int = 0
     mood: int = 0  # what it goes on with: another word after each truncation, and in each fork
+    tenant: bytes = b""
+    unlisted: bool = False  # its tenant was flushed: nothing of it may be published
     reserved: int = 0  # pages that stay however short it is cut
 
 

@@ -26,7 +26,7 @@ from kvmanager.preview import answer_dry_run
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
-from kvmanager.simulator.registry import ACTIONS, DRAWS
+from kvmanager.simulator.registry import ACTIONS, DRAWS, HEALERS
 from kvmanager.simulator.replies import check_refusals, check_reply
 from kvmanager.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.state import State
@@ -240,6 +240,9 @@ class Driver:
             self.settle()
         if self.model.texts:
             self.send(Step(close=list(self.model.texts)), 1)
+        for healer in HEALERS:
+            for command in healer(self):
+                self.send(command, 1)
         for _ in range(4):
             self.settle()
         demand(not self.model.moves, f"handoffs that never ended: {self.model.moves}")

@@ -40,6 +40,10 @@ class Model:
         self.clients: dict[int, None] = {}  # that the manager remembers
         self.notices: dict[int, list[tuple[str, int, int]]] = {}
         self.taken: Counter[int] = Counter()  # pool -> pages handed out by the batch that was read last
+        self.waiting: dict[int, int] = {}  # prompt in the queue -> its client
+        self.pins: dict[int, tuple[int, list[int]]] = {}  # pin -> pool, pages
+        self.quotas: dict[tuple[int, bytes | None], int] = {}  # (pool, tenant or everybody else) -> pages
+        self.tenants: dict[int, bytes] = {}  # stamp of a page that was ever in an index -> whose it is
         self.seen: Counter[str] = Counter()
         self.version = 1
         self.begun = 0  # the version that began this life of the manager, if it is not the first
@@ -58,6 +62,9 @@ class Model:
                 count.update(move.source_pages)
             if move.target == pool:
                 count.update(move.target_pages)
+        for where, pages in self.pins.values():
+            if where == pool:
+                count.update(pages)
         return count
 
     def memory(self, pool: int, name: str) -> np.ndarray:

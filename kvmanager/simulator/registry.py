@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["ACTIONS", "DRAWS", "FOLLOWERS", "REFUSALS", "Action", "action", "draws", "follows", "refused"]
+__all__ = ["ACTIONS", "DRAWS", "FOLLOWERS", "HEALERS", "REFUSALS", "Action", "action", "draws", "follows", "heals", "refused"]
 
 
 class Action(NamedTuple):
@@ -20,6 +20,7 @@ class Action(NamedTuple):
 ACTIONS: list[Action] = []
 DRAWS: list[Callable[[Any], dict[str, Any]]] = []
 FOLLOWERS: dict[type, Callable[[Any, Any, Any], None]] = {}
+HEALERS: list[Callable[[Any], list[Any]]] = []
 REFUSALS: dict[str, Callable[[Any, Any, dict[str, Any], Any], None]] = {}
 
 
@@ -50,6 +51,12 @@ def follows(event: type) -> Callable[[Callable[[Any, Any, Any], None]], Callable
         return call
 
     return register
+
+
+def heals(call: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+    """`call(driver)` gives commands that end what would otherwise stay for good, once faults are over; none when nothing is left."""
+    HEALERS.append(call)
+    return call
 
 
 def refused(code: str) -> Callable[[Callable[[Any, Any, dict[str, Any], Any], None]], Callable[[Any, Any, dict[str, Any], Any], None]]:

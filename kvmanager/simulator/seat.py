@@ -14,7 +14,7 @@ from kvmanager.errors import KVError, StaleEpoch
 from kvmanager.simulator.books import PAGE, Move, Text
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.model import Model
-from kvmanager.simulator.registry import ACTIONS, DRAWS
+from kvmanager.simulator.registry import ACTIONS, DRAWS, HEALERS
 from kvmanager.simulator.world import World
 
 __all__ = ["Seat"]
@@ -93,6 +93,8 @@ class Seat:
         if self.healing:
             if self.model.texts or orphans:
                 self.send(Step(close=[*self.model.texts, *orphans]))
+            elif commands := [command for healer in HEALERS for command in healer(self)]:
+                self.send(commands[0])
         elif orphans and self.rng.random() < 0.1:
             self.send(Step(close=orphans))
         else:

@@ -15,12 +15,14 @@ from kvmanager import admission as admission_module
 from kvmanager import apply as apply_module
 from kvmanager import decide as decide_module
 from kvmanager import events as ev
-from kvmanager import forks, truncation
+from kvmanager import forks, pins, tenants, truncation
 from kvmanager import simulator as simulation
 from kvmanager.draft import Draft, PoolDraft
+from kvmanager.eviction import EvictionOrder
 from kvmanager.handoff import HandoffState
 from kvmanager.pool import Pages, Pool
 from kvmanager.prefix import Node, PrefixIndex
+from kvmanager.queue_hint import WaitingQueue
 from kvmanager.state import NEVER, State
 
 SEEDS, STEPS = 12, 400
@@ -35,7 +37,7 @@ def plant(function: Plant) -> Plant:
 
 @plant
 def quarantine_skipped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Pool, "put_in_quarantine", lambda self, version, pages: self.free.push(pages))
+    patch.setattr(Pool, "put_in_quarantine", lambda self, version, pages, account: self.free.push(pages))
 
 
 @plant
@@ -145,7 +147,7 @@ def source_pages_let_go_at_the_abort(patch: pytest.MonkeyPatch) -> None:
         honest(state, event)
         handoff = state.handoffs.get(event.handoff)
         if handoff is not None:
-            apply_module._let_go(state, state.pools[handoff.source], handoff.source_pages, handoff.source_indexed, handoff.source_node)
+            apply_module._let_go(state, state.pools[handoff.source], handoff.namespace, handoff.source_pages, handoff.source_indexed, handoff.source_node)
             handoff.source_pages, handoff.source_indexed, handoff.source_node = [], 0, None
 
     patch.setitem(apply_module._APPLY, ev.HandoffAborted, aborted)
@@ -305,6 +307,69 @@ def copied_slots_count_before_the_copy(patch: pytest.MonkeyPatch) -> None:
             state.sequences[child].written = dict.fromkeys(state.sequences[child].written, event.length)
 
     patch.setitem(apply_module._APPLY, ev.SequenceForked, forked)
+
+
+@plant
+def pinned_pages_have_no_owner(patch: pytest.MonkeyPatch) -> None:
+    def begun(state: State, event: ev.PinBegun) -> None:
+        honest = state.pools[event.pool].share
+        state.pools[event.pool].share = lambda pages: None  # type: ignore[method-assign]
+        pins.apply_pin_begun(state, event)
+        state.pools[event.pool].share = honest  # type: ignore[method-assign]
+
+    patch.setitem(apply_module._APPLY, ev.PinBegun, begun)
+
+
+@plant
+def pins_outlive_their_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pins, "lose", lambda draft, pool, tenant=None: None)
+
+
+@plant
+def superseded_pins_stay(patch: pytest.MonkeyPatch) -> None:
+    honest = pins.apply_pins_ended
+    patch.setitem(
+        apply_module._APPLY, ev.PinsEnded, lambda state, event: honest(state, event) if event.reason != pins.SUPERSEDED else None
+    )
+
+
+@plant
+def what_is_flushed_is_free_at_once(patch: pytest.MonkeyPatch) -> None:
+    def flushed(state: State, event: ev.TenantFlushed) -> None:
+        pool = state.pools[event.pool]
+        serial = pool.next_serial
+        tenants.apply_flushed(state, event)
+        if pool.next_serial > serial:
+            pool.release(serial)
+
+    patch.setitem(apply_module._APPLY, ev.TenantFlushed, flushed)
+
+
+@plant
+def flushed_sequences_publish_again(patch: pytest.MonkeyPatch) -> None:
+    def flushed(state: State, event: ev.TenantFlushed) -> None:
+        tenants.apply_flushed(state, event)
+        for sequence in state.sequences.values():
+            sequence.unlisted = False
+
+    patch.setitem(apply_module._APPLY, ev.TenantFlushed, flushed)
+
+
+@plant
+def quota_left_out(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PoolDraft, "quota_left", lambda self, count, account: count)
+    patch.setattr(PoolDraft, "make_room", lambda self, count, account: None)
+
+
+@plant
+def evicted_pages_are_not_sought_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(WaitingQueue, "cut", lambda self, node, pages_left: None)
+
+
+@plant
+def children_are_evicted_after_their_parents(patch: pytest.MonkeyPatch) -> None:
+    honest = EvictionOrder.victims
+    patch.setattr(EvictionOrder, "victims", lambda self, acked: iter(list(honest(self, acked))[::-1]))
 
 
 @pytest.mark.parametrize("name", PLANTS)

@@ -33,6 +33,7 @@ def test_the_days_were_eventful() -> None:
         "SequenceOpened SequencesGrown GrownAgain GrownFurther TokensAppended PagesPublished SequenceClosed PagesEvicted PagesReleased IndexDropped "
         "WorkerJoined WorkerAcked SequencesWritten WorkerFenced WorkerDead HandoffBegun HandoffSealed HandoffReserving HandoffMoving "
         "HandoffPulled HandoffResident HandoffAborted HandoffEnded ClientAnswered SequencesTruncated SequenceForked PagesCopied "
+        "PromptEnqueued PromptsDequeued PinBegun PinsEnded QuotaSet TenantFlushed flushed_pages within_a_quota "
         "placed waited cached deduplicated moving_shared aborted_prefilling aborted_reserving aborted_moving"
     )
     missing = [name for name in expected.split() if not _seen[name]]

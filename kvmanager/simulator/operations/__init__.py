@@ -3,4 +3,4 @@
 Imported for what they register, in the order in which a step's fields are drawn.
 """
 
-from kvmanager.simulator.operations import closing, truncation, growth, tokens, handoffs, forks, opening, pages, workers, clients  # isort: skip  # noqa: F401
+from kvmanager.simulator.operations import closing, truncation, growth, tokens, handoffs, forks, opening, waiting, pins, tenants, pages, workers, clients  # isort: skip  # noqa: F401

@@ -17,3 +17,4 @@ def answered(model: Model, event: ev.ClientAnswered, turn: Turn) -> None:
 def forgotten(model: Model, event: ev.ClientForgotten, turn: Turn) -> None:
     model.clients.pop(event.client)
     model.notices.pop(event.client, None)
+    model.waiting = {waiting: client for waiting, client in model.waiting.items() if client != event.client}

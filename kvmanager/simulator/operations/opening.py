@@ -8,6 +8,7 @@ from kvmanager import events as ev
 from kvmanager.commands import Open
 from kvmanager.simulator.books import PAGE, Text, Turn, demand
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.operations.tenants import check_quota
 from kvmanager.simulator.registry import draws, follows, refused
 
 
@@ -19,7 +20,7 @@ def opens(driver: Any) -> dict[str, Any]:
     return {"opens": drawn}
 
 
-def _prompt(driver: Any) -> list[int]:
+def draw_prompt(driver: Any) -> list[int]:
     rng = driver.rng
     document = rng.choice(driver.documents)
     pages = rng.choice((0, 1, 1, 2, 2, 3, 4))
@@ -32,9 +33,20 @@ def _open(driver: Any) -> Open:
     pool = rng.choice(driver.config.pools).name if rng.random() < driver.drawn("opens that name a pool", 0.3, 0.7, 1) else ""
     chunk = rng.choice((0, 5, PAGE, 100, 100, 100))
     tenant, extra = rng.choice((b"red", b"blue")), rng.choice((b"",) * 7 + (b"lora",))
-    prompt = _prompt(driver)
+    prompt = draw_prompt(driver)
     extras = _extras(driver, len(prompt)) if rng.random() < driver.drawn("opens with extra keys", 0, 0, 0.2, 0.6) else []
-    return Open(prompt, pool, tenant, extra, chunk, "" if pool else "default", wait=rng.random() < 0.5, extras=extras)
+    return Open(
+        prompt,
+        pool,
+        tenant,
+        extra,
+        chunk,
+        "" if pool else "default",
+        wait=rng.random() < 0.5,
+        priority=rng.choice(driver.drawn("priorities", (0,), (-1, 0, 0, 2))),
+        waiting=rng.choice([0, *driver.model.waiting]),
+        extras=extras,
+    )
 
 
 def _extras(driver: Any, count: int) -> list[tuple[bytes, int, int]]:
@@ -71,10 +83,13 @@ def opened(model: Model, event: ev.SequenceOpened, turn: Turn) -> None:
             demand(not same, f"open {event.sequence}: computes what sequence {other} of the same step computes")
     model.take(event.pool, fresh, f"open {event.sequence}")
     text = Text(event.sequence, turn.client, event.pool, tokens, stamps, len(tokens), event.length, cached + fresh)
+    text.tenant = asked.tenant
     demand(event.sequence not in model.texts, f"sequence id {event.sequence} given twice")
     demand(len(text.pages) == -(-event.length // PAGE), f"open {event.sequence}: {len(text.pages)} pages for {event.length} tokens")
     model.texts[event.sequence] = text
     model.seen["cached"] += bool(cached)
+    if fresh:
+        check_quota(model, event.pool, asked.tenant, f"open {event.sequence}")
     if event.length > len(cached) * PAGE:
         turn.starts[event.sequence] = len(cached) * PAGE
 
@@ -86,8 +101,8 @@ def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: l
         demand(config.pools[event.pool].name == asked.pool, f"open {event.sequence}: asked for {asked.pool}, got pool {event.pool}")
         return
     model.seen["placed"] += 1
-    if config.placement != "prefix" or (asked.wait and config.inflight_wait_ms):
-        return  # what is in flight where is not in these books
+    if config.placement != "prefix" or (asked.wait and config.inflight_wait_ms) or model.quotas:
+        return  # what is in flight where is not in these books; and a quota is a reason to go elsewhere
 
     def score(pool: int) -> int:
         run = model.indexed_run(turn.visible[pool], stamps, (len(stamps) - 1) // PAGE)

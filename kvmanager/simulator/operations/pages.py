@@ -14,10 +14,12 @@ def published(model: Model, event: ev.PagesPublished, turn: Turn) -> None:
     index = model.index[text.pool]
     last = event.first + len(pages)
     demand(last * PAGE <= min(text.known, text.length), f"publish {event.sequence}: page {last - 1} is not known to its end")
+    demand(not text.unlisted, f"publish {event.sequence}: its tenant was flushed")
     before = text.pages[event.first : last]
     for place, page in enumerate(pages, event.first):
         stamp, above = text.stamps[(place + 1) * PAGE - 1], text.stamps[place * PAGE - 1] if place else 0
         found = index.setdefault(stamp, (page, above))
+        model.tenants[stamp] = text.tenant
         demand(found[0] == page, f"publish {event.sequence}: page {page} where the index has {found[0]}")
         if page != before[place - event.first]:
             model.seen["deduplicated"] += 1
