@@ -147,7 +147,9 @@ def source_pages_let_go_at_the_abort(patch: pytest.MonkeyPatch) -> None:
         honest(state, event)
         handoff = state.handoffs.get(event.handoff)
         if handoff is not None:
-            apply_module._let_go(state, state.pools[handoff.source], handoff.namespace, handoff.source_pages, handoff.source_indexed, handoff.source_node)
+            apply_module._let_go(
+                state, state.pools[handoff.source], handoff.namespace, handoff.source_pages, handoff.source_indexed, handoff.source_node
+            )
             handoff.source_pages, handoff.source_indexed, handoff.source_node = [], 0, None
 
     patch.setitem(apply_module._APPLY, ev.HandoffAborted, aborted)
@@ -328,9 +330,7 @@ def pins_outlive_their_memory(patch: pytest.MonkeyPatch) -> None:
 @plant
 def superseded_pins_stay(patch: pytest.MonkeyPatch) -> None:
     honest = pins.apply_pins_ended
-    patch.setitem(
-        apply_module._APPLY, ev.PinsEnded, lambda state, event: honest(state, event) if event.reason != pins.SUPERSEDED else None
-    )
+    patch.setitem(apply_module._APPLY, ev.PinsEnded, lambda state, event: honest(state, event) if event.reason != pins.SUPERSEDED else None)
 
 
 @plant

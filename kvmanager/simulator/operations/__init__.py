@@ -3,4 +3,6 @@
 Imported for what they register, in the order in which a step's fields are drawn.
 """
 
-from kvmanager.simulator.operations import closing, truncation, growth, tokens, handoffs, forks, opening, waiting, pins, tenants, pages, workers, clients  # isort: skip  # noqa: F401
+# isort: off
+from kvmanager.simulator.operations import closing, truncation, growth, tokens, handoffs, forks, opening  # noqa: F401
+from kvmanager.simulator.operations import waiting, pins, tenants, pages, workers, clients  # noqa: F401
