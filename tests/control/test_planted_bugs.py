@@ -25,7 +25,7 @@ from kvmanager.prefix import Node, PrefixIndex
 from kvmanager.queue_hint import WaitingQueue
 from kvmanager.state import NEVER, State
 
-SEEDS, STEPS = 12, 400
+SEEDS, STEPS = 30, 400
 Plant = Callable[[pytest.MonkeyPatch], None]
 PLANTS: dict[str, Plant] = {}
 
