@@ -48,6 +48,8 @@ class Body:
         self._orders: dict[int, list[int]] = {}
         self._running = 0  # the step in progress
         self._waiting_for = self._waiting_since = 0  # a step that waits for its order, and since when
+        self._joined_at = 0
+        self._page_us = world.rng.choice((300, 1_000, 30_000))  # to copy one page of a pull
         self._lives = 0  # of the manager's, that the replica has followed
         self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
         self._copies: dict[int, Pull] = {}
@@ -184,6 +186,7 @@ class Body:
             if self.joined is None:  # declared dead before it heard of its birth
                 self.kill()
                 return
+            self._joined_at = self.joined.acked
             self._look()
 
         if self.alive:
@@ -226,6 +229,8 @@ class Body:
             return
         if self.model.workers.get(self.joined.worker) is not self.joined:
             return  # its joining was lost with the end of the log: the next acknowledgement will tell
+        while self.replica.step and self.replica.step <= self._joined_at:
+            self._done_with(self.replica.step, [])  # it was somebody else's, before this worker joined
         if self.replica.step and self._waiting_for != self.replica.step:
             self._waiting_for, self._waiting_since = self.replica.step, self.world.now_us
         if self.replica.step in self._orders:
@@ -341,7 +346,7 @@ class Body:
             if pull.handoff not in self._copies:
                 self._copies[pull.handoff] = pull
                 self.replica.begin_pull(pull.handoff)
-                self._later(500, self._copy, pull, 0)
+                self._later(self._page_us, self._copy, pull, 0)
         self._drop_pulls()
 
     def _copy(self, pull: Pull, at: int) -> None:
@@ -368,7 +373,7 @@ class Body:
             )
             self.memory[target] = books.source[source]
             books.todo.remove(item)
-        self._later(100 + int(self.world.rng.random() * 1000), self._copy, pull, at + 1)
+        self._later(int(self.world.rng.random() * self._page_us), self._copy, pull, at + 1)
 
     def _drop_pulls(self) -> None:
         """Aborted pulls that this process has heard of and does not carry out any more."""

@@ -18,7 +18,7 @@ FAULTS: dict[str, tuple[float, ...]] = {
     "stop": (0, 0.0003, 0.003),  # a worker is stopped for up to three leases, then goes on where it was
     "kill": (0, 0.0003, 0.002),  # a worker is killed at any moment, in the middle of a step too
     "leave": (0, 0.0003, 0.002),  # a client is killed, with a request under way; its successor knows nothing
-    "crash": (0, 0.0001, 0.001),  # the manager is killed at an operation of its journal, or between two commands
+    "crash": (0, 0.0003, 0.003),  # the manager is killed at an operation of its journal, or between two commands
     "torn": (0, 0.3, 1),  # of such kills: its host is lost with it, and some of what was not synced
     "rot": (0, 0.3),  # of such kills: meanwhile a bit of the journal flips
     "disk": (0, 0.0002, 0.003),  # the disk is full for a moment, or fails an operation

@@ -33,6 +33,7 @@ __all__ = ["System"]
 LEASE_MS = 1000
 LIFE_US = 10_000  # how often fate looks at each process
 WATCH_OVER_US = 100_000
+STALL_US = 20_000_000
 HEAL_US = 60_000_000  # by then everybody must have come to rest
 SUPERVISOR = 2
 
@@ -147,7 +148,11 @@ class System:
 
     def run(self, steps: int) -> None:
         """The faulty phase, until so many commands have been executed."""
-        self.world.run(lambda: self.watch.commands >= steps, until_us=1 << 62)
+        before = -1
+        while not self.world.run(lambda: self.watch.commands >= steps, until_us=self.world.now_us + STALL_US):
+            if self.watch.commands == before:
+                raise Broken(f"nothing was executed for {STALL_US // 1_000_000} s: {self.unrest()}")
+            before = self.watch.commands
 
     def heal(self) -> None:
         """Faults are over. Raises Broken if anything is left after a bounded time."""

@@ -36,6 +36,7 @@ class World:
         arranged = self._arranged
         while not done():
             if not arranged or arranged[0][0] > until_us:
+                self.now_us = until_us
                 return False
             self.now_us, _, call, args = heapq.heappop(arranged)
             call(*args)
@@ -58,11 +59,13 @@ class Network:
         self._carry(source, target, deliver, message, ordered=not faults.happens("reorder", rng))
         if faults.happens("dup", rng):
             self.seen["dup"] += 1
-            self._carry(source, target, deliver, message, ordered=False)
+            self._carry(source, target, deliver, message, ordered=False, late_us=int(rng.random() ** 2 * 200_000))
 
-    def _carry(self, source: str, target: str, deliver: Callable[..., None], message: tuple[Any, ...], ordered: bool) -> None:
+    def _carry(
+        self, source: str, target: str, deliver: Callable[..., None], message: tuple[Any, ...], ordered: bool, late_us: int = 0
+    ) -> None:
         rng, now = self.world.rng, self.world.now_us
-        delay = 50 + int(rng.random() * 400)
+        delay = late_us + 50 + int(rng.random() * 400)
         if not ordered:
             self.seen["reorder"] += 1
             delay += int(rng.random() * 20_000)

@@ -43,7 +43,7 @@ def test_the_seed_is_printed_first_even_if_it_was_drawn() -> None:
 
 def test_a_violation_gives_the_shortest_command_and_the_journal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And exit code 1; the command that it prints fails as well."""
-    monkeypatch.setattr(Pool, "put_in_quarantine", lambda self, version, pages: self.free.push(pages))
+    monkeypatch.setattr(Pool, "put_in_quarantine", lambda self, version, pages, account: self.free.push(pages))
     done = simulate("--seed", 1, "--steps", 2000, "--journals", tmp_path)
     assert done.exit_code == 1 and "VIOLATED" in done.output
     [command] = [line.partition("reproduce:")[2].split() for line in done.output.splitlines() if "reproduce:" in line]

@@ -1,0 +1,227 @@
+"""Bugs planted in what only a whole system has: replicas, journal, restarts, late messages. The simulator has to find each.
+
+`python -m tests.control.test_simulated_bugs` plants these and those of test_planted_bugs in the simulated system, and prints after how
+many steps each is found: the table of docs/simulator.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvmanager import decide as decide_module
+from kvmanager import lives
+from kvmanager import manager as manager_module
+from kvmanager.draft import Draft
+from kvmanager.journal import Journal, Segment
+from kvmanager.pool import Pool
+from kvmanager.replica import AckContent, Replica
+from kvmanager.simulator.hunt import Outcome, live
+from tests.control.test_planted_bugs import PLANTS as STATE_MACHINE_PLANTS
+
+SEEDS, STEPS = 40, 1500
+PLANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
+
+
+def plant(function: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    PLANTS[function.__name__] = function
+    return function
+
+
+# --- journal and restart ---------------------------------------------------------------------------------------------------------
+
+
+@plant
+def acknowledged_before_it_is_written(patch: pytest.MonkeyPatch) -> None:
+    """The record goes to the file when the next one comes."""
+    honest = Journal.append
+
+    def append(self: Any, version: int, data: bytes, now_ms: int, *, sync: bool = False) -> None:
+        waiting, self.waiting = getattr(self, "waiting", None), (version, data, now_ms)
+        if waiting is not None and waiting[0] == self.version + 1:  # else a snapshot has it
+            honest(self, *waiting)
+        if sync:
+            self.waiting = None
+            honest(self, version, data, now_ms, sync=True)
+
+    patch.setattr(Journal, "append", append)
+
+
+@plant
+def torn_tail_not_cut(patch: pytest.MonkeyPatch) -> None:
+    honest = Journal.resume
+
+    def resume(self: Journal, segment: Segment) -> int:
+        segment.torn = 0
+        return honest(self, segment)
+
+    patch.setattr(Journal, "resume", resume)
+
+
+@plant
+def free_pages_not_held_over_a_restart(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Pool, "hold_free", lambda self, version: None)
+
+
+@plant
+def evicted_before_the_new_life_is_acknowledged(patch: pytest.MonkeyPatch) -> None:
+    honest = Draft.pool
+
+    def pool(self: Draft, index: int) -> Any:
+        begun, self.state.begun = self.state.begun, 0
+        try:
+            return honest(self, index)
+        finally:
+            self.state.begun = begun
+
+    patch.setattr(Draft, "pool", pool)
+
+
+@plant
+def epoch_not_checked(patch: pytest.MonkeyPatch) -> None:
+    """A worker that acted on what was lost is believed, and never hears of it."""
+    patch.setattr(lives, "check_ack", lambda state, epoch, version: None)
+    honest = Replica.load
+
+    def load(self: Replica, data: bytes) -> None:
+        honest(self, data)
+        self.stranded = False
+
+    patch.setattr(Replica, "load", load)
+
+
+@plant
+def lost_replies_acted_upon(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lives, "check_seen", lambda state, version: None)
+
+
+@plant
+def request_table_forgotten_over_a_restart(patch: pytest.MonkeyPatch) -> None:
+    honest = lives.begin_life
+
+    def begin_life(state: Any, config: Any, epoch: int) -> Any:
+        for client in state.clients.values():
+            client.number = 0
+        return honest(state, config, epoch)
+
+    patch.setattr(manager_module, "begin_life", begin_life)
+
+
+# --- replicas --------------------------------------------------------------------------------------------------------------------
+
+
+@plant
+def gap_in_the_log_ignored(patch: pytest.MonkeyPatch) -> None:
+    honest = Replica.feed
+
+    def feed(self: Replica, data: bytes) -> None:
+        version = manager_module.decode_batch(data).version
+        if self.known and self.known < version < self.known + 1000:
+            self.known = version - 1
+        honest(self, data)
+
+    patch.setattr(Replica, "feed", feed)
+
+
+@plant
+def steps_that_a_snapshot_skipped_count_as_run(patch: pytest.MonkeyPatch) -> None:
+    honest = Replica.load
+
+    def load(self: Replica, data: bytes) -> None:
+        honest(self, data)
+        self._written = {each: self.tables.length(each) for each in self._broken}
+        self._broken = {}
+
+    patch.setattr(Replica, "load", load)
+
+
+@plant
+def sequences_left_out_of_a_step_count_as_written(patch: pytest.MonkeyPatch) -> None:
+    honest = Replica.finish
+    patch.setattr(Replica, "finish", lambda self, version, sequences: honest(self, version, list(self._step_ids)))
+
+
+@plant
+def step_acknowledged_before_it_has_run(patch: pytest.MonkeyPatch) -> None:
+    honest = Replica.ack
+
+    def ack(self: Replica) -> AckContent | None:
+        content = honest(self)
+        return content._replace(version=self.version) if content is not None else None
+
+    patch.setattr(Replica, "ack", ack)
+
+
+@plant
+def pull_in_progress_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Replica, "begin_pull", lambda self, handoff: None)
+
+
+@plant
+def published_pages_not_swapped(patch: pytest.MonkeyPatch) -> None:
+    """The replica goes on with the copy that is to be freed."""
+    from kvmanager import replica as replica_module
+
+    patch.setitem(replica_module._HANDLERS, replica_module.ev.PagesPublished, lambda self, event: None)
+
+
+# --- messages --------------------------------------------------------------------------------------------------------------------
+
+
+@plant
+def late_copy_of_an_older_request_carried_out(patch: pytest.MonkeyPatch) -> None:
+    def decide(state: Any, command: Any, now_ms: int, client: int, number: int) -> Any:
+        record = state.clients.get(client)
+        if record is not None and number < record.number:
+            number = record.number + 1
+        return decide_module.decide(state, command, now_ms, client, number)
+
+    patch.setattr(manager_module, "decide", decide)
+
+
+# --- liveness --------------------------------------------------------------------------------------------------------------------
+
+
+@plant
+def quarantine_that_never_ends(patch: pytest.MonkeyPatch) -> None:
+    """Nobody gets a wrong answer, and no page ever comes home."""
+    patch.setattr(decide_module, "_release", lambda *args: None)
+
+
+def find(name: str, steps_max: int = SEEDS * STEPS) -> tuple[int, Outcome | None]:
+    """Steps lived through until the simulator found the bug, and how; None if it did not."""
+    done = 0
+    for seed in range(steps_max // STEPS):
+        outcome = live(seed, STEPS)
+        done += outcome.steps
+        if outcome.error:
+            return done, outcome
+    return done, None
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_simulator_finds_the_planted_bug(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANTS[name](monkeypatch)
+    steps, outcome = find(name)
+    assert outcome is not None, f"{name}: not found in {steps} steps"
+    unfit = outcome.error.startswith(("TypeError", "AttributeError", "NameError"))
+    assert not unfit, f"the plant no longer fits what it is planted in: {outcome.trace}"
+    print(f"{name}: after {steps} steps: {outcome.error}")
+
+
+def main() -> None:
+    """The table, in Markdown."""
+    print("| planted bug | found after (steps) | seen as |\n|---|---|---|")
+    for name, sow in {**STATE_MACHINE_PLANTS, **PLANTS}.items():
+        with pytest.MonkeyPatch.context() as patch:
+            sow(patch)
+            steps, outcome = find(name)
+        words = name.replace("_", " ")
+        seen = outcome.error.replace("|", "/").splitlines()[0][:110] if outcome is not None else "-"
+        print(f"| {words} | {f'{steps:,}' if outcome is not None else f'not in {steps:,}'} | {seen} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
