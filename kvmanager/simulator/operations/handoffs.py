@@ -72,7 +72,9 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
 @follows(ev.HandoffPulled)
 def pulled(model: Model, event: ev.HandoffPulled, turn: Turn) -> None:
     pull = model.workers[event.worker].pulls.get(event.handoff)
-    demand(pull is not None and not pull.todo, f"handoff {event.handoff}: pulled, says the log, but {event.worker} has not")
+    # None: the log went on to its end, and that was lost. The worker has pulled all the same.
+    has = not pull.todo if pull is not None else model.begun
+    demand(has, f"handoff {event.handoff}: pulled, says the log, but {event.worker} has not")
 
 
 @follows(ev.HandoffResident)
@@ -84,8 +86,8 @@ def resident(model: Model, event: ev.HandoffResident, turn: Turn) -> None:
     text.pool, text.pages, text.handoff = move.target, move.target_pages, 0
     model.let_go(move.source, left)
     for worker in model.crew(move.target, fenced=True):
-        pull = worker.pulls.pop(event.handoff)
-        demand(not pull.todo, f"handoff {event.handoff}: resident before {worker.name} had all pages")
+        pull = worker.pulls.pop(event.handoff, None)  # None: as above, or it has heard of an abort that was lost, and ends itself
+        demand(not pull.todo if pull is not None else model.begun, f"handoff {event.handoff}: resident before {worker.name} had all pages")
         worker.done[move.sequence] = text.length
     model.check_content(move.target, text.pages, text.stamps[: text.length], f"resident {event.handoff}")
     model.tell(text.owner, "resident", move.sequence, event.handoff)
