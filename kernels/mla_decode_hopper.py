@@ -645,8 +645,8 @@ def _attend_kernel(
     outputs = (out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr)
     descs = (q_desc, q_rope_desc, kv_desc, k_rope_desc)
     # The loader keeps the page ids of all boxes of a tile.
-    LOAD_REGISTERS: gl.constexpr = 24 if TILE // BOX < 4 else 40
-    MATH_REGISTERS: gl.constexpr = 240 if TILE // BOX < 4 else 232
+    LOAD_REGISTERS: gl.constexpr = 24 if TILE == BOX else 40
+    MATH_REGISTERS: gl.constexpr = 240 if TILE == BOX else 232
     gl.warp_specialize(
         [
             (_left, (memory, exchange, full0, left_free, turns, programs, items_ptr, outputs, scale_log2, num_heads, RANK, BLOCK_ROPE, BOX, IS_CAUSAL)),
