@@ -98,8 +98,7 @@ class PoolDraft:
         self.trimmed: dict[Node, int] = {}  # pages that remain of a node
         self.pinned: dict[Node, int] = {}  # leading pages of a node that this command matched: not to be evicted by it
         self.evictable = pool.counts().cached  # an upper bound that makes hopeless searches cheap
-        self.everybody = Candidates(pool.prefix.victims(acked))
-        self.of_account: dict[Account, Candidates] = {}
+        self.candidates: dict[Account | None, Candidates] = {}  # among all that is cached (None), and among a tenant's own
         self.charged: dict[Account, int] = {}  # pages that a tenant with a quota gets
         self.newcomers: dict[bytes, Account] = {}
 
@@ -133,11 +132,9 @@ class PoolDraft:
 
         Each node is looked up once for a whole command.
         """
-        among = self.everybody
-        if account is not None:
-            if account not in self.of_account:
-                self.of_account[account] = Candidates(self.pool.prefix.victims(self.acked, account))
-            among = self.of_account[account]
+        among = self.candidates.get(account)
+        if among is None:
+            among = self.candidates[account] = Candidates(self.pool.prefix.victims(self.acked, account))
         while among.ahead and self.trimmed.get(among.ahead[0], 1) == 0:
             among.ahead.popleft()
         for node in among.ahead:
