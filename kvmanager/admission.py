@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvmanager import events as ev
+from kvmanager.arrays import bytes_of
 from kvmanager.commands import Open
 from kvmanager.draft import Draft
 from kvmanager.errors import InvalidValue, KVError, PoolNotReady, PrefixPending, SequenceTooLarge, TooMany, Unknown
@@ -42,7 +43,7 @@ def admit(draft: Draft, command: Open, client: int, now_ms: int) -> list[Any]:
     if not len(draft.slots):
         raise TooMany("sequences", state.config.sequences_max)
     tokens = draft.extras.write_in(command.tokens, command.extras)
-    namespace, data = encode_namespace(command.tenant, command.extra), tokens.tobytes()
+    namespace, data = encode_namespace(command.tenant, command.extra), bytes_of(tokens)
     looks = in_order(draft, [look(draft, pool, namespace, data, command, now_ms) for pool in pools])
     chosen = draft.examined[-1] = _choose(draft, command, namespace, looks)
     if chosen.computing:
@@ -120,7 +121,8 @@ def _take(draft: Draft, command: Open, client: int, namespace: bytes, tokens: np
     draft.opened += 1
     draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) + count
     draft.extras.log(tokens, draft.events)
-    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, tokens, cached, fresh, length, command.priority))
+    rest = tokens[chosen.cached :]
+    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, rest, cached, fresh, length, command.priority))
     if command.waiting:
         leave_queue(draft, command.waiting)
     return [sequence_id, chosen.cached, length, pool.name]

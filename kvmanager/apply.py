@@ -23,10 +23,11 @@ from kvmanager.owners import note_place as _note_place
 from kvmanager.owners import note_publishable as _note_publishable
 from kvmanager.pins import apply_pin_begun, apply_pins_ended, pin_restored
 from kvmanager.pool import Pool
-from kvmanager.prefix import TOKEN_BYTES, Node
+from kvmanager.prefix import ID_BYTES, TOKEN_BYTES, Node
 from kvmanager.sequences import SLOT_BITS, Sequence, slot_of
 from kvmanager.state import Client, Notice, State, Worker
 from kvmanager.tenants import account_restored, apply_flushed, apply_quota
+from kvmanager.token_ids import TokenIds
 from kvmanager.truncation import apply_truncated
 from kvmanager.waiting import apply_dequeued, apply_enqueued, leave
 
@@ -34,10 +35,10 @@ __all__ = ["apply"]
 
 
 class Restoring:
-    """Numbers that a snapshot gives to index nodes, per pool; needed only while one is being applied."""
+    """The index nodes that a snapshot numbers from 1 on, by pool; needed only while one is being applied."""
 
     def __init__(self) -> None:
-        self.nodes: dict[tuple[int, int], Node] = {}
+        self.nodes: dict[int, list[Node]] = {}
 
 
 def apply(state: State, batch: ev.EventBatch, restoring: Restoring | None = None) -> None:
@@ -111,7 +112,6 @@ def _worker_dead(state: State, event: ev.WorkerDead) -> None:
 
 def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     pool = state.pools[event.pool]
-    tokens = event.tokens.astype("<i4").tobytes()
     cached = event.cached
     node = pool.prefix.acquire(event.namespace, cached, state.version, event.priority)
     pool.share(cached)
@@ -121,21 +121,22 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
         raise InvariantBroken(f"open: row {slot} is not on top of the free rows")
     state.next_generation = (event.sequence >> SLOT_BITS) + 1
     state.tables.open(event.sequence, event.pool, event.length, np.concatenate([cached, event.fresh]))
+    tokens = TokenIds([each.tokens for each in node.path()][::-1], event.tokens.tobytes())
     sequence = Sequence(
-        event.sequence, event.owner, event.pool, event.namespace, bytearray(tokens), node, published=len(cached), priority=event.priority
+        event.sequence, event.owner, event.pool, event.namespace, tokens, node, published=len(cached), priority=event.priority
     )
     # What the index holds has been written by every worker of the pool: that is how it came in.
     sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
     state.sequences[event.sequence] = sequence
     pool.arrivals.add(event.sequence, event.priority)
     state.extras.count(tokens, 1)
-    pool.load += len(event.tokens)
+    pool.load += len(cached) * pool.page_size + len(event.tokens)
     _note_place(state, sequence)
 
 
 def _tokens_appended(state: State, event: ev.TokensAppended) -> None:
     sequence = state.sequences[event.sequence]
-    sequence.tokens += event.tokens.astype("<i4").tobytes()
+    sequence.tokens += event.tokens.tobytes()
     state.pools[sequence.pool].load += len(event.tokens)
     _note_publishable(state, sequence)
     _note_place(state, sequence)
@@ -358,30 +359,35 @@ def _worker_restored(state: State, event: ev.WorkerRestored, _: Restoring) -> No
     worker.acked, worker.deadline_ms, worker.fenced = event.acked, event.deadline_ms, bool(event.fenced)
 
 
-def _node_restored(state: State, event: ev.NodeRestored, restoring: Restoring) -> None:
+def _nodes_restored(state: State, event: ev.NodesRestored, restoring: Restoring) -> None:
     prefix = state.pools[event.pool].prefix
-    if event.parent:
-        parent = restoring.nodes[event.pool, event.parent]
-    else:
-        parent = prefix.enter(event.namespace)
-        parent.refs -= 1  # its sequences and handoffs, restored later, enter themselves
-    node = Node(parent, event.tokens, event.pages.tobytes())
-    node.refs, node.last_used, node.priority = event.refs, event.last_used, event.priority
-    parent.children[event.tokens[: prefix.page_bytes]] = node
-    restoring.nodes[event.pool, event.node] = node
-    prefix.node_of[event.pages] = node
+    root = prefix.enter(event.namespace)
+    root.refs -= 1  # its sequences and handoffs, restored later, enter themselves
+    known, step, ids, tokens = restoring.nodes.setdefault(event.pool, []), prefix.page_bytes, event.pages.tobytes(), event.tokens
+    at, first = 0, len(known)
+    columns = (event.parents, event.sizes, event.refs, event.last_used, event.priorities)
+    for number, size, refs, last_used, priority in zip(*(column.tolist() for column in columns), strict=True):
+        parent, stop = known[number - 1] if number else root, at + size
+        node = Node(parent, tokens[at * step : stop * step], ids[at * ID_BYTES : stop * ID_BYTES])
+        node.refs, node.last_used, node.priority = refs, last_used, priority
+        parent.adopt(node, step)
+        known.append(node)
+        at = stop
+    owners = np.empty(len(known) - first, object)
+    owners[:] = known[first:]
+    prefix.node_of[event.pages] = np.repeat(owners, event.sizes)
     prefix.pages_indexed += len(event.pages)
     state.extras.count(event.tokens, 1)
 
 
 def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
-    prefix = state.pools[event.pool].prefix
+    prefix, known = state.pools[event.pool].prefix, restoring.nodes.get(event.pool, [])
     for number in event.nodes.tolist():
-        prefix.loosen(restoring.nodes[event.pool, number])
+        prefix.loosen(known[number - 1])
 
 
 def _find_node(state: State, restoring: Restoring, pool: int, number: int, namespace: bytes) -> Node:
-    return restoring.nodes[pool, number] if number else state.pools[pool].prefix.roots[namespace]
+    return restoring.nodes[pool][number - 1] if number else state.pools[pool].prefix.roots[namespace]
 
 
 def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Restoring) -> None:
@@ -394,7 +400,7 @@ def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Rest
         event.owner,
         event.pool,
         event.namespace,
-        bytearray(event.tokens),
+        TokenIds((), event.tokens),
         node,
         event.published,
         written,
@@ -452,7 +458,7 @@ def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restor
     if handoff.source_pages:
         state.pools[event.source].share(handoff.source_pages)
         if event.source_node:
-            handoff.source_node = restoring.nodes[event.source, event.source_node]
+            handoff.source_node = restoring.nodes[event.source][event.source_node - 1]
     if handoff.state is HandoffState.MOVING:  # it may move no page at all, and has entered the target's namespace all the same
         state.pools[event.target].share(handoff.target_pages)
         state.pools[event.target].prefix.enter(event.namespace)
@@ -512,7 +518,7 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.StateRestored: _state_restored,
     ev.PoolRestored: _pool_restored,
     ev.WorkerRestored: _worker_restored,
-    ev.NodeRestored: _node_restored,
+    ev.NodesRestored: _nodes_restored,
     ev.LruRestored: _lru_restored,
     ev.SequenceRestored: _sequence_restored,
     ev.ArrivalsRestored: _arrivals_restored,

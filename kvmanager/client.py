@@ -94,9 +94,11 @@ class KVClient(Surface):
             self._socket.send(request)
             resend = min(deadline, time.monotonic() + self.resend_ms / 1000)
             while (left := resend - time.monotonic()) > 0:
-                if not self._socket.poll(max(1, int(left * 1000)), zmq.POLLIN):
+                self._socket.setsockopt(zmq.RCVTIMEO, max(1, int(left * 1000)))
+                try:
+                    frames = self._socket.recv_multipart()
+                except zmq.Again:
                     continue
-                frames = self._socket.recv_multipart()
                 if len(frames) != 1:
                     raise BadMessage(f"reply: expected 1 frame, got {len(frames)}")
                 number, reply = wire.decode_reply(frames[0])

@@ -6,12 +6,15 @@ On the wire a command is a map `{"t": kind, field: value}`; unknown fields are i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from kvmanager.arrays import INT64_MAX, as_distinct_ids, as_tokens, ones
+from kvmanager.arrays import as_ids as _as_ids
+from kvmanager.arrays import as_ints as _as_ints
 from kvmanager.config import MAX_SLOTS, check_int, check_name
 from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.eviction import PRIORITY_MAX, PRIORITY_MIN
@@ -34,52 +37,11 @@ __all__ = [
     "command_to_wire",
 ]
 
-INT64_MAX = 2**63 - 1
 TENANT_BYTES_MAX = 256
 EXTRAS_MAX = 1024
 MEMORY_BYTES_MAX = 4096
 LEASE_MAX = 1 << 40  # milliseconds or versions
 Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
-
-
-def _as_ints(name: str, value: object, dtype: str, low: int, high: int) -> np.ndarray:
-    """1-D array of ints within low..high, from an array, a sequence of ints or little-endian bytes. The result is not aliased."""
-    kind = np.dtype(dtype)
-    if isinstance(value, bytes):
-        if len(value) % kind.itemsize:
-            raise InvalidValue(name, f"bytes in multiples of {kind.itemsize}", f"{len(value)} bytes")
-        array = np.frombuffer(value, kind)
-    else:
-        if not isinstance(value, (np.ndarray, list, tuple, range)):
-            raise InvalidValue(name, "an int array, a list of ints or little-endian bytes", type(value).__name__)
-        if isinstance(value, (list, tuple)):
-            # Before numpy sees them: it reads True as 1, and of texts makes an array as wide as the longest.
-            for item in dict.fromkeys(map(type, value)):
-                if item is bool or not issubclass(item, (int, np.integer)):
-                    raise InvalidValue(name, f"one dimension of ints in {low}..{high}", f"a {item.__name__} among them")
-        try:
-            array = value if isinstance(value, np.ndarray) else np.array(value, None if len(value) else kind)
-        except (ValueError, OverflowError):
-            raise InvalidValue(name, f"ints in {low}..{high}", "values that make no int array") from None
-        if array.ndim == 1 and not len(array):
-            array = np.zeros(0, kind)  # of whatever type: numpy makes empty ones float
-        if array.dtype == object or array.dtype.kind not in "iu" or array.ndim != 1:
-            shown = "ints beyond 64 bits" if array.dtype == object and array.ndim == 1 else f"{array.dtype} of {array.ndim} dimensions"
-            raise InvalidValue(name, f"one dimension of ints in {low}..{high}", shown)
-    if len(array):
-        smallest, largest = int(array.min()), int(array.max())
-        if smallest < low or largest > high:
-            raise InvalidValue(name, f"ints in {low}..{high}", smallest if smallest < low else largest)
-    return array.astype(kind)
-
-
-def as_tokens(name: str, value: object) -> np.ndarray:
-    """Token ids as int32 [n]; each in 0..2**31-1."""
-    return _as_ints(name, value, "<i4", 0, 2**31 - 1)
-
-
-def _as_ids(name: str, value: object) -> np.ndarray:
-    return _as_ints(name, value, "<i8", 1, INT64_MAX)
 
 
 def _check_bytes(name: str, value: object, longest: int) -> bytes:
@@ -309,61 +271,104 @@ class Step:
     seen: int = 0
     victims: bool = False
 
+    steady: bool = field(init=False, default=False, repr=False)  # nothing but growth
+
     def __post_init__(self) -> None:
-        check_int("step.seen", self.seen, 0, INT64_MAX)
+        if self.seen:
+            check_int("step.seen", self.seen, 0, INT64_MAX)
+        elif type(self.seen) is not int:
+            raise InvalidValue("step.seen", f"an int in 0..{INT64_MAX}", repr(self.seen))
         if not isinstance(self.victims, bool):
             raise InvalidValue("step.victims", "true or false", repr(self.victims)[:80])
-        opens = _check_list("step.opens", self.opens)
-        for item in opens:
-            if not isinstance(item, Open):
-                raise InvalidValue("step.opens", "Open objects", type(item).__name__)
-        items: dict[str, list[Any]] = {"enqueue": _check_list("step.enqueue", self.enqueue), "pin": _check_list("step.pin", self.pin)}
-        for name, cls in (("enqueue", Enqueue), ("pin", Pin)):
-            for item in items[name]:
-                if not isinstance(item, cls):
-                    raise InvalidValue(f"step.{name}", f"{cls.__name__} objects", type(item).__name__)
-        release = []
-        for number, item in enumerate(_check_list("step.release", self.release)):
-            pair = _pair(f"step.release[{number}]", item)
-            tenant, session = (_check_bytes(f"step.release[{number}]", each, TENANT_BYTES_MAX) for each in pair)
-            release.append((tenant, session))
-        grow = _as_ids("step.grow", self.grow)
-        if self.grow_counts is None:
-            counts = np.ones(len(grow), np.int64)
-        else:
-            counts = _as_ints("step.grow_counts", self.grow_counts, "<i8", 1, 1 << 24)
+        grow = as_distinct_ids("step.grow", self.grow)
+        counts = ones(len(grow)) if self.grow_counts is None else _as_ints("step.grow_counts", self.grow_counts, "<i8", 1, 1 << 24)
         if len(counts) != len(grow):
             raise InvalidValue("step.grow_counts", f"{len(grow)} counts, one for each sequence", len(counts))
-        if len(grow) > 1 and len(np.unique(grow)) != len(grow):
-            raise InvalidValue("step.grow", "each sequence once", "a sequence twice")
-        tokens = []
-        for number, item in enumerate(_check_list("step.tokens", self.tokens)):
-            sequence, ids = _pair(f"step.tokens[{number}]", item)
-            tokens.append((check_int(f"step.tokens[{number}]", sequence, 1, INT64_MAX), as_tokens(f"step.tokens[{number}]", ids)))
-        hand_off = []
-        for number, item in enumerate(_check_list("step.hand_off", self.hand_off)):
-            sequence, pool = _pair(f"step.hand_off[{number}]", item)
-            hand_off.append((check_int(f"step.hand_off[{number}]", sequence, 1, INT64_MAX), check_name(f"step.hand_off[{number}]", pool)))
-        truncate = _as_pairs("step.truncate", self.truncate, 1 << 24)
-        if len(truncate) > 1 and len(np.unique(truncate[:, 0])) != len(truncate):
-            raise InvalidValue("step.truncate", "each sequence once", "a sequence twice")
-        for name, value in (
-            ("opens", opens),
-            ("grow", grow),
-            ("grow_counts", counts),
-            ("close", _as_ids("step.close", self.close)),
-            ("tokens", tokens),
-            ("hand_off", hand_off),
-            ("abort", _as_ids("step.abort", self.abort)),
-            ("dequeue", _as_ids("step.dequeue", self.dequeue)),
-            ("truncate", truncate),
-            ("fork", _as_pairs("step.fork", self.fork, MAX_SLOTS, default=1)),
-            ("enqueue", items["enqueue"]),
-            ("pin", items["pin"]),
-            ("unpin", _as_ids("step.unpin", self.unpin)),
-            ("release", release),
-        ):
-            object.__setattr__(self, name, value)
+        put = object.__setattr__
+        put(self, "grow", grow)
+        put(self, "grow_counts", counts)
+        steady = True
+        for name, (check, empty) in _STEP_FIELDS.items():
+            value = getattr(self, name)
+            if value is _NOTHING:  # as it is by default, and as it mostly stays
+                put(self, name, empty)
+            else:
+                value = check(value)
+                put(self, name, value)
+                steady = steady and not len(value)
+        put(self, "steady", steady)
+
+
+def _objects(name: str, cls: type) -> Callable[[object], list[Any]]:
+    def check(value: object) -> list[Any]:
+        items = _check_list(name, value)
+        for item in items:
+            if not isinstance(item, cls):
+                raise InvalidValue(name, f"{cls.__name__} objects", type(item).__name__)
+        return items
+
+    return check
+
+
+def _ids(name: str) -> Callable[[object], np.ndarray]:
+    return lambda value: _as_ids(name, value)
+
+
+def _check_release(value: object) -> list[tuple[bytes, bytes]]:
+    release = []
+    for number, item in enumerate(_check_list("step.release", value)):
+        pair = _pair(f"step.release[{number}]", item)
+        tenant, session = (_check_bytes(f"step.release[{number}]", each, TENANT_BYTES_MAX) for each in pair)
+        release.append((tenant, session))
+    return release
+
+
+def _check_tokens(value: object) -> list[tuple[int, np.ndarray]]:
+    tokens = []
+    for number, item in enumerate(_check_list("step.tokens", value)):
+        sequence, ids = _pair(f"step.tokens[{number}]", item)
+        tokens.append((check_int(f"step.tokens[{number}]", sequence, 1, INT64_MAX), as_tokens(f"step.tokens[{number}]", ids)))
+    return tokens
+
+
+def _check_hand_off(value: object) -> list[tuple[int, str]]:
+    hand_off = []
+    for number, item in enumerate(_check_list("step.hand_off", value)):
+        sequence, pool = _pair(f"step.hand_off[{number}]", item)
+        hand_off.append((check_int(f"step.hand_off[{number}]", sequence, 1, INT64_MAX), check_name(f"step.hand_off[{number}]", pool)))
+    return hand_off
+
+
+def _check_truncate(value: object) -> np.ndarray:
+    truncate = _as_pairs("step.truncate", value, 1 << 24)
+    if len(truncate) > 1 and len(np.unique(truncate[:, 0])) != len(truncate):
+        raise InvalidValue("step.truncate", "each sequence once", "a sequence twice")
+    return truncate
+
+
+def _check_fork(value: object) -> np.ndarray:
+    return _as_pairs("step.fork", value, MAX_SLOTS, default=1)
+
+
+_NOTHING: tuple[()] = ()  # the default of a Step's fields
+# How each field of a Step is checked, and what it is if it is not given.
+_STEP_FIELDS: dict[str, tuple[Callable[[object], Any], Any]] = {
+    name: (check, check(_NOTHING) if isinstance(check(_NOTHING), np.ndarray) else ())
+    for name, check in (
+        ("opens", _objects("step.opens", Open)),
+        ("close", _ids("step.close")),
+        ("tokens", _check_tokens),
+        ("hand_off", _check_hand_off),
+        ("abort", _ids("step.abort")),
+        ("dequeue", _ids("step.dequeue")),
+        ("enqueue", _objects("step.enqueue", Enqueue)),
+        ("truncate", _check_truncate),
+        ("fork", _check_fork),
+        ("pin", _objects("step.pin", Pin)),
+        ("unpin", _ids("step.unpin")),
+        ("release", _check_release),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,7 +482,9 @@ Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick | SetQuota | Flush
 _KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick, "quota": SetQuota, "flush": Flush}
 _ITEMS: dict[str, type] = {"opens": Open, "enqueue": Enqueue, "pin": Pin}  # lists of a step whose items are maps on the wire
 _NAMES = {cls: kind for kind, cls in _KINDS.items()}
-_FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(item.name for item in fields(cls)) for cls in (*_KINDS.values(), *_ITEMS.values())}
+_FIELDS: dict[type, tuple[str, ...]] = {
+    cls: tuple(item.name for item in fields(cls) if item.init) for cls in (*_KINDS.values(), *_ITEMS.values())
+}
 
 
 _DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.default not in (MISSING, ())} for cls in _ITEMS.values()}
@@ -495,16 +502,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_STEADY_FIELDS = ("grow", "grow_counts", "seen", "victims")
+
+
 def command_to_wire(command: Command) -> dict[str, Any]:
     """The map that `command_from_wire` turns back; empty fields, and those of items that are as by default, are left out."""
     wire: dict[str, Any] = {"t": _NAMES[type(command)]}
-    for name in _FIELDS[type(command)]:
+    for name in _STEADY_FIELDS if isinstance(command, Step) and command.steady else _FIELDS[type(command)]:
         value = getattr(command, name)
         if value is False or (isinstance(value, (np.ndarray, list, tuple, bytes)) and not len(value)):
             continue
         wire[name] = _plain(value)
-    if isinstance(command, Step) and len(command.grow_counts) and (command.grow_counts == 1).all():
-        del wire["grow_counts"]  # the steady decode step
+    if isinstance(command, Step) and len(command.grow_counts):
+        counts = command.grow_counts
+        if counts is ones(len(counts)) or (counts == 1).all():
+            del wire["grow_counts"]  # the steady decode step
     if isinstance(command, Step) and not command.seen:
         del wire["seen"]
     return wire

@@ -184,6 +184,8 @@ _LISTS = ("opens", "grow", "close", "tokens", "hand_off", "abort", "dequeue", "e
 
 def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, Any]:
     limit = draft.state.config.batch_max
+    if command.steady and 0 < len(command.grow) <= limit and grow_same(draft, command):
+        return {}  # the steady decode step: nothing below would find anything to do
     for name in _LISTS:
         if len(getattr(command, name)) > limit:
             raise InvalidValue(f"step.{name}", f"at most {limit} items", len(getattr(command, name)))
@@ -433,10 +435,14 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
 
 def _settle_pages(draft: Draft) -> None:
     """Pages leave quarantine, and the index learns of pages that have been written."""
+    publishable = bool(draft.written)
     for pool in draft.state.pools:
         if pool.quarantine:
             _release(draft, pool)
-    _publish(draft)
+        if pool.publishable:
+            publishable = True
+    if publishable:
+        _publish(draft)
 
 
 def _settle_handoffs(draft: Draft) -> None:

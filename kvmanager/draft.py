@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from kvmanager.accounts import Account
 from kvmanager.errors import KVError, OutOfPages, OverQuota, WrongState
 from kvmanager.extras import ExtrasDraft
 from kvmanager.pool import PageStack, Pool
-from kvmanager.prefix import NO_PAGES, PAGE_ID, TOKEN_BYTES, Match, Node
+from kvmanager.prefix import ID_BYTES, NO_PAGES, PAGE_ID, TOKEN_BYTES, Match, Node
 from kvmanager.sequences import Sequence
 from kvmanager.state import NEVER, State, tenant_of
 
@@ -90,17 +91,24 @@ class Candidates:
 class PoolDraft:
     """Pages of one pool under a command: the free stack, and which cached pages give way."""
 
-    def __init__(self, pool: Pool, acked: int, events: list[Any]) -> None:
+    def __init__(self, draft: Draft, pool: Pool) -> None:
         self.pool = pool
-        self.acked = acked
-        self.events = events
+        self.events = draft.events
+        self._draft = draft
         self.free = PagesDraft(pool.free)
         self.trimmed: dict[Node, int] = {}  # pages that remain of a node
         self.pinned: dict[Node, int] = {}  # leading pages of a node that this command matched: not to be evicted by it
-        self.evictable = pool.counts().cached  # an upper bound that makes hopeless searches cheap
+        self.evictable = pool.cached  # an upper bound that makes hopeless searches cheap
         self.candidates: dict[Account | None, Candidates] = {}  # among all that is cached (None), and among a tenant's own
         self.charged: dict[Account, int] = {}  # pages that a tenant with a quota gets
         self.newcomers: dict[bytes, Account] = {}
+
+    @cached_property
+    def acked(self) -> int:
+        """What every worker of the pool has acknowledged. Most commands never ask."""
+        # Until every worker has acknowledged this life, one may be writing what a lost end of the log gave it: nothing is evicted.
+        acked = self._draft.acked(self.pool.index)
+        return acked if acked >= self._draft.state.begun else -1
 
     def match(self, namespace: bytes, tokens: bytes, pages_max: int) -> Match:
         return self.pool.prefix.match(namespace, tokens, pages_max, self.trimmed)
@@ -201,17 +209,18 @@ class PoolDraft:
 
     def _evict(self, short: int, account: Account | None) -> None:
         """So many pages more are free, of what a tenant has cached or of what anybody has."""
-        evicted: list[np.ndarray] = []
+        evicted: list[bytes] = []
         for node, loose in self._victims(account):
             gone, left = min(short, loose), self.trimmed.get(node, node.count)
-            evicted.append(np.frombuffer(node.ids, PAGE_ID)[left - gone : left][::-1])  # the run's end first
+            ids = node.ids[(left - gone) * ID_BYTES : left * ID_BYTES]
+            evicted.append(ids if gone == 1 else np.frombuffer(ids, PAGE_ID)[::-1].tobytes())  # the run's end first
             self.trimmed[node] = left - gone
             if node.account is not None:
                 self.charged[node.account] = self.charged.get(node.account, 0) - gone
             short -= gone
             if not short:
                 break
-        pages = np.concatenate(evicted)
+        pages = np.frombuffer(b"".join(evicted), PAGE_ID)
         self.evictable -= len(pages)
         self.free.push(pages)
         self.events.append(ev.PagesEvicted(self.pool.index, pages))
@@ -272,9 +281,7 @@ class Draft:
     def pool(self, index: int) -> PoolDraft:
         found = self._pools.get(index)
         if found is None:
-            # Until every worker has acknowledged this life, one may be writing what a lost end of the log gave it: nothing is evicted.
-            acked = self.acked(index)
-            found = self._pools[index] = PoolDraft(self.state.pools[index], acked if acked >= self.state.begun else -1, self.events)
+            found = self._pools[index] = PoolDraft(self, self.state.pools[index])
         return found
 
     def acked(self, pool: int) -> int:

@@ -77,7 +77,7 @@ class WorkerDead(NamedTuple):
 class SequenceOpened(NamedTuple):
     """`cached` pages come from the prefix index; `fresh` ones make room for tokens up to `length`, which the workers are to write.
 
-    A step for the workers if there is anything to write.
+    `tokens` are the ids that follow on the cached pages: those in them are the index's. A step for the workers if there is anything to write.
     """
 
     sequence: int
@@ -338,18 +338,21 @@ class WorkerRestored(NamedTuple):
     fenced: int
 
 
-class NodeRestored(NamedTuple):
-    """Parents come first. `node` is the node's number in this pool's snapshot, parent 0 the namespace's root."""
+class NodesRestored(NamedTuple):
+    """Nodes of a pool's index that are of one namespace, parents first, a column each; numbered from 1 on through the pool's events.
+
+    parents[i] is a number, 0 for the namespace's root; sizes[i] pages of `pages`, and the token ids in them, are node i's.
+    """
 
     pool: int
-    node: int
-    parent: int
     namespace: bytes
-    tokens: bytes
+    parents: Ints64
+    sizes: Ints32
     pages: Ints32
-    refs: int
-    last_used: int
-    priority: int
+    tokens: bytes
+    refs: Ints32
+    last_used: Ints64
+    priorities: Ints32
 
 
 class LruRestored(NamedTuple):
@@ -498,7 +501,7 @@ EVENTS: tuple[type, ...] = (
     StateRestored,
     PoolRestored,
     WorkerRestored,
-    NodeRestored,
+    NodesRestored,
     LruRestored,
     SequenceRestored,
     HandoffRestored,

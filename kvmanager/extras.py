@@ -20,6 +20,7 @@ import numpy as np
 
 from kvmanager.errors import InvariantBroken, TooMany
 from kvmanager.events import ExtrasNamed
+from kvmanager.token_ids import TokenIds
 
 __all__ = ["Extras", "ExtrasDraft", "describe"]
 
@@ -63,11 +64,11 @@ class Extras:
             at += size
         self.next_id = event.next_id
 
-    def count(self, tokens: bytes | bytearray, by: int) -> None:
+    def count(self, tokens: bytes | bytearray | TokenIds, by: int) -> None:
         """Token ids that are used once more (by = 1), or once less (-1). Next to nothing while there are no extra keys at all."""
         if not self.uses:
             return
-        array = np.frombuffer(tokens, "<i4")
+        array = np.frombuffer(bytes(tokens), "<i4")
         for extra_id in array[array < 0].tolist():
             left = self.uses.get(extra_id, 0) + by
             if left < 0 or extra_id not in self.uses:

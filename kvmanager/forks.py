@@ -72,7 +72,7 @@ def apply_forked(state: State, event: ev.SequenceForked) -> None:
         state.families[parent.family] = {event.parent: None}
     family = state.families[parent.family]
     parent.shared = max(parent.shared, full)
-    tokens = parent.tokens[: event.length * TOKEN_BYTES]
+    tokens = parent.tokens.upto(event.length * TOKEN_BYTES)
     # The copy of the last page counts once the workers have made it, and they will say so.
     written = {worker: min(each, full * pool.page_size) for worker, each in parent.written.items()}
     for place, child_id in enumerate(event.children.tolist()):
@@ -84,7 +84,7 @@ def apply_forked(state: State, event: ev.SequenceForked) -> None:
         pool.prefix.enter(parent.namespace)
         pool.prefix.hold(parent.node, state.version, parent.priority)
         state.tables.open(child_id, pool.index, event.length, np.concatenate([shared, event.fresh[place : place + 1]]))
-        child = Sequence(child_id, event.owner, pool.index, parent.namespace, bytearray(tokens), parent.node, parent.published)
+        child = Sequence(child_id, event.owner, pool.index, parent.namespace, tokens.upto(len(tokens)), parent.node, parent.published)
         child.written = dict(written)
         child.cut_floor = state.version  # nobody can have said anything about it before
         child.family, child.shared, child.priority, child.unlisted = parent.family, full, parent.priority, parent.unlisted

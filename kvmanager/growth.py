@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvmanager import events as ev
+from kvmanager.arrays import ones
 from kvmanager.commands import Step
 from kvmanager.draft import Draft
 from kvmanager.handoff import HandoffState
@@ -24,15 +25,13 @@ NONE = np.zeros(0, np.int32)
 def grow_same(draft: Draft, command: Step) -> bool:
     """Decide the growth if it repeats the last one and everybody gets theirs. False: nothing was decided."""
     state, tables = draft.state, draft.state.tables
-    if draft.closed:
-        return False
     ids, counts = command.grow, command.grow_counts
     if ids is not tables.last_ids and not np.array_equal(ids, tables.last_ids):
         return False
     if counts is not tables.last_counts and not np.array_equal(counts, tables.last_counts):
         return False
     rows = tables.last_rows()
-    if rows is None:
+    if rows is None or draft.closed:
         return False
     growing: dict[int, None] = {}
     if state.handoffs or command.hand_off:
@@ -44,39 +43,35 @@ def grow_same(draft: Draft, command: Step) -> bool:
                 and handoff.state is not HandoffState.ABORTED
             ):
                 return False
-    lengths, have = tables.lengths.take(rows), tables.page_counts.take(rows)
+    lengths, have = tables.lengths[rows], tables.page_counts[rows]
     if draft.cut:
         draft.lay_cuts_over(ids, lengths, have)
     lengths += counts
-    if np.maximum.reduce(lengths) > state.config.sequence_tokens_max:
+    first = state.pools[0]
+    pools = tables.pools[rows] if len(state.pools) > 1 else None
+    sizes: Any = first.page_size
+    longest: Any = first.num_pages * first.page_size
+    if pools is not None:
+        sizes = np.array([pool.page_size for pool in state.pools], np.int64)[pools]
+        longest = int(np.minimum.reduce(np.array([pool.num_pages * pool.page_size for pool in state.pools])[pools]))
+    if np.maximum.reduce(lengths) > min(longest, state.config.sequence_tokens_max):
         return False
-    pools = tables.pools.take(rows) if len(state.pools) > 1 else None
-    sizes: Any = state.pools[0].page_size if pools is None else np.array([pool.page_size for pool in state.pools], np.int64)[pools]
     room = have * sizes
     room -= lengths
     at = (room < 0).nonzero()[0]
-    if not len(at):
+    if len(at):
+        if counts is not ones(len(counts)):  # some may need several pages
+            needed = -(room[at] // (sizes if pools is None else sizes[at]))  # -1 // 64 is -1: one page
+            at = at.repeat(needed)
+        pages = _take(draft, at, None if pools is None else pools[at])
+        if pages is None:
+            return False
+        draft.events.append(ev.GrownFurther(at.astype(np.int32), pages))
+    else:
         draft.events.append(ev.GrownAgain())
+    if growing:
         draft.grown.update(growing)
-        return True
-    needed = -(room[at] // (sizes if pools is None else sizes[at]))  # -1 // 64 is -1: one page
-    if not _fits(draft, have[at] + needed, None if pools is None else pools[at]):
-        return False
-    if np.maximum.reduce(needed) > 1:
-        at = at.repeat(needed)
-    pages = _take(draft, at, None if pools is None else pools[at])
-    if pages is None:
-        return False
-    draft.events.append(ev.GrownFurther(at.astype(np.int32), pages))
-    draft.grown.update(growing)
     return True
-
-
-def _fits(draft: Draft, totals: np.ndarray, pools: np.ndarray | None) -> bool:
-    """Whether sequences of so many pages could ever be in their pools."""
-    if pools is None:
-        return bool(np.maximum.reduce(totals) <= draft.state.pools[0].num_pages)
-    return bool((totals <= np.array([pool.num_pages for pool in draft.state.pools])[pools]).all())
 
 
 def _take(draft: Draft, at: np.ndarray, pools: np.ndarray | None) -> np.ndarray | None:
@@ -102,11 +97,10 @@ def _take(draft: Draft, at: np.ndarray, pools: np.ndarray | None) -> np.ndarray 
 
 def _hand_out(state: State, rows: np.ndarray, pages: np.ndarray) -> None:
     """pages[i] gets its first owner in the pool of table row rows[i]."""
-    pools = state.tables.pools.take(rows)
-    first = int(pools[0])
-    if len(state.pools) == 1 or (pools == first).all():
-        state.pools[first].take(pages, None)
+    if len(state.pools) == 1:
+        state.pools[0].take(pages, None)
     else:
+        pools = state.tables.pools[rows]
         for pool in np.unique(pools).tolist():
             state.pools[pool].take(pages[pools == pool], None)
     if any(pool.prefix.accounts.of for pool in state.pools):

@@ -181,12 +181,17 @@ class SequenceWatch:
             if isinstance(event, ev.SequencesGrown):
                 if len(event.pages) and (event.ids == self.sequence).any():
                     self.story.append((batch.version, f"grows to {state.tables.length(self.sequence)} tokens"))
+            elif isinstance(event, ev.GrownFurther):
+                if (state.tables.last_ids[event.at] == self.sequence).any():
+                    self.story.append((batch.version, f"grows to {state.tables.length(self.sequence)} tokens"))
             elif getattr(event, "sequence", 0) == self.sequence or getattr(event, "handoff", 0) in self._handoffs:
                 if isinstance(event, ev.HandoffBegun):
                     self._handoffs[event.handoff] = None
                 if isinstance(event, ev.SequenceOpened):
                     self.opened = batch.version
-                    told = f"opened by client {event.owner} in pool {state.pools[event.pool].name}: {len(event.tokens)} tokens, "
+                    pool = state.pools[event.pool]
+                    count = len(event.cached) * pool.page_size + len(event.tokens)
+                    told = f"opened by client {event.owner} in pool {pool.name}: {count} tokens, "
                     self.story.append((batch.version, f"{told}{len(event.cached)} cached and {len(event.fresh)} fresh pages"))
                 elif isinstance(event, ev.SequenceClosed):
                     self.closed = batch.version

@@ -130,7 +130,7 @@ def check_extras(state: State) -> None:
     for pool in state.pools:
         everything += [node.tokens for _, node in pool.prefix.walk()]
     for tokens in everything:
-        array = np.frombuffer(tokens, "<i4")
+        array = np.frombuffer(bytes(tokens), "<i4")
         users.update(array[array < 0].tolist())
     extras = state.extras
     if (

@@ -120,9 +120,12 @@ class Pool:
         self.arrivals = Arrivals()
         self.publishable: dict[int, None] = {}  # sequences with acknowledged pages that are not in the index yet
 
+    @property
+    def cached(self) -> int:
+        return self.num_pages - len(self.free) - self.used - self.quarantined
+
     def counts(self) -> PoolCounts:
-        cached = self.num_pages - len(self.free) - self.used - self.quarantined
-        return PoolCounts(len(self.free), self.used, cached, self.quarantined, self.num_pages)
+        return PoolCounts(len(self.free), self.used, self.cached, self.quarantined, self.num_pages)
 
     def oldest_quarantined(self) -> int:
         """Version of the oldest quarantine entry; there must be one."""
@@ -135,7 +138,8 @@ class Pool:
         count = len(pages)
         if not count:
             return
-        if count > len(self.free) or not np.array_equal(self.free.look(count, len(self.free)), pages):
+        pages = np.asarray(pages, np.int32)
+        if count > len(self.free) or self.free.look(count, len(self.free)).tobytes() != pages.tobytes():
             raise InvariantBroken(f"pool {self.name}: pages {list(pages[:8])}... are not on top of the free stack")
         self.free.drop(count)
         self.refs[pages] = 1
@@ -189,7 +193,7 @@ class Pool:
 
     def evict(self, pages: np.ndarray, version: int) -> None:
         """Cached pages become free."""
-        if self.refs[pages].any():
+        if np.count_nonzero(self.refs[pages]):
             page = int(pages[int(np.argmax(self.refs[pages]))])
             raise InvariantBroken(f"pool {self.name}: page {page} evicted while {int(self.refs[page])} owners hold it")
         self.prefix.evict(pages, version)

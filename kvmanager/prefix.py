@@ -12,7 +12,8 @@ Nothing here does IO or reads a clock; "time" is the version of the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -29,6 +30,7 @@ TOKEN_BYTES = 4  # token ids are little-endian int32
 ID_BYTES = 4  # and so are page ids
 PAGE_ID = np.dtype("<i4")
 NO_PAGES = np.zeros(0, PAGE_ID)
+NO_CHILDREN: Mapping[bytes, Node] = MappingProxyType({})
 
 
 class Node:
@@ -44,7 +46,7 @@ class Node:
         self.parent = parent
         self.tokens = tokens
         self.ids = ids
-        self.children: dict[bytes, Node] = {}
+        self.children: Mapping[bytes, Node] = NO_CHILDREN  # most nodes are leaves, and a dict each would be as large as all the rest
         self.refs = 0
         self.last_used = 0
         self.priority = PRIORITY_MIN  # whoever holds it raises it
@@ -53,6 +55,17 @@ class Node:
         self.marks: dict[int, int] | None = None  # see remnants
         self.waiters: Waiters | None = None  # prompts in the queue that would use its pages, nearest first
         self.sought: dict[bytes, Waiters] | None = None  # those that end here, by the page that they would use next
+
+    def adopt(self, child: Node, page_bytes: int) -> None:
+        """`child` stands below this node from now on, whoever stood at its place before."""
+        if self.children is NO_CHILDREN:
+            self.children = {}
+        self.children[child.tokens[:page_bytes]] = child  # type: ignore[index]
+
+    def disown(self, child: Node, page_bytes: int) -> None:
+        del self.children[child.tokens[:page_bytes]]  # type: ignore[attr-defined]
+        if not self.children:
+            self.children = NO_CHILDREN
 
     @property
     def count(self) -> int:
@@ -128,11 +141,18 @@ class PrefixIndex:
         step, at, nodes, last = self.page_bytes, 0, [], 0
         node = self.roots.get(namespace)
         limit = min(pages_max * step, len(tokens) - len(tokens) % step)
+        startswith = tokens.startswith
         while node is not None and at < limit:
             node = node.children.get(tokens[at : at + step])
             if node is None:
                 break
-            count = len(node.ids) // ID_BYTES
+            run = node.tokens
+            end = at + len(run)
+            if end <= limit and not trimmed and startswith(run, at):  # the whole run in one comparison
+                nodes.append(node)
+                at, last = end, len(run) // step
+                continue
+            count = node.count
             usable = trimmed.get(node, count) if trimmed else count
             found = min(usable, (limit - at) // step, self.equal_pages(node, tokens, at))
             if found == 0:
@@ -292,9 +312,9 @@ class PrefixIndex:
         upper.refs, upper.last_used, upper.priority, upper.pins = node.refs, node.last_used, node.priority, node.pins
         self.queue.split(upper, node)
         self.remnants.split(upper, node, page_count)
-        parent.children[node.tokens[: self.page_bytes]] = upper
+        parent.adopt(upper, self.page_bytes)
         node.parent, node.tokens, node.ids = upper, node.tokens[cut:], node.ids[page_count * ID_BYTES :]
-        upper.children[node.tokens[: self.page_bytes]] = node
+        upper.adopt(node, self.page_bytes)
         self.node_of[np.frombuffer(upper.ids, PAGE_ID)] = upper
         return upper
 
@@ -323,7 +343,8 @@ class PrefixIndex:
             node.ids += rest
             self.node_of[pages[at:]] = node
         else:
-            node.children[rest_tokens[:step]] = child = Node(node, rest_tokens, rest)
+            child = Node(node, rest_tokens, rest)
+            node.adopt(child, step)
             child.refs, child.last_used, child.priority = 1, version, priority
             self.node_of[pages[at:]] = child
             self.queue.published(node, child)
@@ -335,18 +356,18 @@ class PrefixIndex:
     def evict(self, pages: np.ndarray, version: int) -> None:
         """Forget these pages, one after the other: each is the last of a leaf that nobody holds when its turn comes."""
         nodes: list[Node | None] = self.node_of[pages].tolist()
-        at, ids = 0, pages[::-1].astype(PAGE_ID).tobytes()  # backwards: a run loses its end first
-        while at < len(nodes):
+        at, last, ids = 0, len(nodes), pages[::-1].tobytes()  # backwards: a run loses its end first
+        while at < last:
             node, stop = nodes[at], at + 1
-            while stop < len(nodes) and nodes[stop] is node:
+            while stop < last and nodes[stop] is node:
                 stop += 1
-            gone = ids[len(ids) - stop * ID_BYTES : len(ids) - at * ID_BYTES]
+            gone = ids[(last - stop) * ID_BYTES : (last - at) * ID_BYTES]
             if node is None or node.children or node.refs or not node.ids.endswith(gone):
                 raise InvariantBroken(f"prefix index: page {pages[at]} is not the free end of the tree")
             self._cut(node, stop - at, version)
             at = stop
         self.node_of[pages] = None
-        self.pages_indexed -= len(pages)
+        self.pages_indexed -= last
 
     def _cut(self, node: Node, count: int, version: int) -> None:
         """Forget the last `count` pages of a free leaf."""
@@ -365,7 +386,7 @@ class PrefixIndex:
         if parent is None:
             raise InvariantBroken("prefix index: the root has no pages to forget")
         self.remnants.removed(node, parent, node.tokens[: self.page_bytes], version)
-        del parent.children[node.tokens[: self.page_bytes]]
+        parent.disown(node, self.page_bytes)
         if parent.parent is None and not parent.children and not parent.refs:
             self._uproot(parent)
 
@@ -403,4 +424,13 @@ class PrefixIndex:
                 node = stack.pop()
                 if node.parent is not None:
                     yield namespace, node
-                stack += [node.children[key] for key in sorted(node.children, reverse=True)]
+                if node.children:
+                    stack += _by_page(list(node.children.values()))
+
+
+def _by_page(nodes: list[Node]) -> list[Node]:
+    """By the first page of each, descending."""
+    if len(nodes) < 2:
+        return nodes
+    firsts = np.frombuffer(b"".join([node.ids[:ID_BYTES] for node in nodes]), PAGE_ID)
+    return [nodes[place] for place in np.argsort(-firsts).tolist()]

@@ -110,6 +110,8 @@ class Replica:
         self._copies: Copies | None = None  # to be carried out before anything else
         self._after_copies: dict[int, int] = {}  # sequence -> tokens that are written once they have been
         self._owed = False  # an acknowledgement would let something go on
+        self._batch_rows: tuple[list[int], int, np.ndarray] = ([], -1, np.zeros(0, np.int64))  # ids, as of which placements, rows
+        self._growing: tuple[np.ndarray, int, list[int]] = (self.tables.last_ids, -1, [])  # ids, as of which placements, those of this pool
 
     @property
     def page_size(self) -> int:
@@ -207,11 +209,20 @@ class Replica:
         """Tables and lengths of the step's sequences, in the order given. Raises StaleStep, ReplicaGap (not here yet), Unknown."""
         if not self.ready(version):
             raise ReplicaGap(f"step: expected the replica to be at {version}, it is at {self.version}", version=self.version)
-        ids = np.fromiter(sequences, np.int64)
-        foreign = self.tables.pools[self.tables.rows(ids)] != self.pool
+        return self.tables.batch_of(self._rows(sequences), version, self.page_size)
+
+    def _rows(self, sequences: Iterable[int]) -> np.ndarray:
+        """Table rows of sequences of this pool. Those of the last batch are known again, unless something was opened, closed or moved."""
+        before, placements, rows = self._batch_rows
+        if placements == self.tables.placements and type(sequences) is list and sequences == before:
+            return rows
+        ids = sequences.astype(np.int64) if isinstance(sequences, np.ndarray) else np.fromiter(sequences, np.int64)
+        rows = self.tables.rows(ids)
+        foreign = self.tables.pools[rows] != self.pool
         if foreign.any():
             raise InvalidValue("step.sequences", f"sequences of pool {self.pool_name}", int(ids[int(np.argmax(foreign))]))
-        return self.tables.batch(ids, version, self.page_size)
+        self._batch_rows = (ids.tolist(), self.tables.placements, rows)
+        return rows
 
     def finish(self, version: int, sequences: Iterable[int]) -> None:
         """Step `version` has been run for these sequences. One of its sequences that is left out is never shared or moved: its
@@ -219,12 +230,14 @@ class Replica:
         if version != self.step:
             raise StaleStep(version, self.acked)
         self._require_copied(version)
-        ran = dict.fromkeys(sequences)
-        for sequence in self._step_ids:
-            if sequence not in ran:
-                self._broken[sequence] = None
-            elif sequence not in self._broken:
-                self._written[sequence] = self.tables.length(sequence)
+        ran, step = dict.fromkeys(sequences), self._step_ids
+        for sequence in [each for each in step if each not in ran]:
+            self._broken[sequence] = None
+        lengths = self.tables.lengths[self.tables.rows(np.fromiter(step, np.int64))].tolist()
+        written = dict(zip(step, lengths, strict=True))
+        if self._broken:
+            written = {sequence: length for sequence, length in written.items() if sequence not in self._broken}
+        self._written.update(written)
         self.step, self._step_ids, self._owed = 0, [], True
         self.advance()
 
@@ -286,7 +299,12 @@ class Replica:
         # A pull in progress writes into this pool and reads another: nothing newer than its beginning is finished.
         begun = [*(pull.version for pull in self._pulls.values()), *self._copying.values()]
         version = min(version, *(each - 1 for each in begun)) if begun else version
-        ids = [each for each in self._written if self._worth_reporting(each)]
+        size, reported, handing = self.page_size if self._written else 1, self._reported, self._handing
+        ids = [
+            each
+            for each, tokens in self._written.items()
+            if tokens // size > reported.get(each, 0) // size or (each in handing and tokens > reported.get(each, 0))
+        ]
         if not ids and not self._pulled and not (self._owed and version > self.acked):
             return None
         self._owed = version < self.version
@@ -302,18 +320,21 @@ class Replica:
         self._owed = True
         return self.ack() or AckContent(self.acked, [], [], [], self.epoch)
 
-    def _worth_reporting(self, sequence: int) -> bool:
-        written, reported = self._written[sequence], self._reported.get(sequence, 0)
-        if sequence in self._handing:
-            return written > reported
-        return written // self.page_size > reported // self.page_size
-
     # --- events --------------------------------------------------------------------------------------------------------------
 
     def _apply(self, event: Any) -> list[int]:
         """Apply one event; gives the sequences of this pool that it gives something to write."""
         handler = _HANDLERS.get(type(event))
         return (handler(self, event) if handler is not None else None) or []
+
+    def _own_growing(self) -> list[int]:
+        """Those of the last growth that are this pool's."""
+        tables = self.tables
+        ids, placements, own = self._growing
+        if ids is not tables.last_ids or placements != tables.placements:
+            own = self._own(tables.last_ids)
+            self._growing = tables.last_ids, tables.placements, own
+        return own
 
     def _own(self, ids: np.ndarray) -> list[int]:
         return ids[self.tables.pools[self.tables.rows(ids)] == self.pool].tolist() if self.pool >= 0 else []
@@ -347,11 +368,11 @@ class Replica:
 
     def _on_grow_again(self, event: ev.GrownAgain) -> list[int]:
         self.tables.grow_again(NO_PAGES, NO_PAGES)
-        return self._own(self.tables.last_ids)
+        return self._own_growing()
 
     def _on_grow_further(self, event: ev.GrownFurther) -> list[int]:
         self.tables.grow_again(event.at, event.pages)
-        return self._own(self.tables.last_ids)
+        return self._own_growing()
 
     def _on_truncated(self, event: ev.SequencesTruncated) -> None:
         self.tables.truncate(event.ids, event.lengths, event.page_counts, event.targets)

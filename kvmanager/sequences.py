@@ -14,11 +14,23 @@ import numpy as np
 from kvmanager.errors import InvariantBroken, Unknown
 from kvmanager.prefix import Node
 from kvmanager.tables import BatchTables
+from kvmanager.token_ids import TokenIds
 
 __all__ = ["SLOT_BITS", "Sequence", "Tables", "slot_of"]
 
 SLOT_BITS = 20
 _SLOT_MASK = (1 << SLOT_BITS) - 1
+
+
+_counted = np.arange(4096)
+
+
+def _counting(count: int) -> np.ndarray:
+    """0, 1, 2, ... (read only)"""
+    global _counted
+    if count > len(_counted):
+        _counted = np.arange(1 << (count - 1).bit_length())
+    return _counted[:count]
 
 
 def slot_of(sequence_id: int) -> int:
@@ -49,7 +61,7 @@ class Sequence:
     owner: int
     pool: int
     namespace: bytes
-    tokens: bytearray
+    tokens: TokenIds
     node: Node
     published: int = 0
     written: dict[int, int] = field(default_factory=dict)
@@ -77,6 +89,7 @@ class Tables:
         self.last_ids = np.zeros(0, np.int64)  # of the last grow: a step that repeats it needs no ids on the wire
         self.last_counts = np.zeros(0, np.int64)
         self._last_rows: np.ndarray | None = None  # of last_ids, as long as none of them has been closed
+        self.placements = 0  # counts openings, closings and moves: as long as it stays, so do rows and pools of known ids
 
     def last_rows(self) -> np.ndarray | None:
         """Rows of the sequences of the last grow; None if one of them is not open any more."""
@@ -121,14 +134,17 @@ class Tables:
 
     def batch(self, sequence_ids: np.ndarray, version: int, page_size: int) -> BatchTables:
         """Tables of one batch in the order of `sequence_ids` (int64); see BatchTables for shapes."""
-        rows = self.rows(sequence_ids)
+        return self.batch_of(self.rows(sequence_ids), version, page_size)
+
+    def batch_of(self, rows: np.ndarray, version: int, page_size: int) -> BatchTables:
+        """The same for table rows, int64."""
         counts = self.page_counts[rows]
         indptr = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=indptr[1:])
-        width = int(counts.max()) if len(counts) else 0
-        table = self.pages[rows, :width]
-        page_ids = table[np.arange(width) < counts[:, None]]
-        return BatchTables(version, page_size, self.lengths[rows].astype(np.int32), page_ids, indptr)
+        # Where each page id stands in the table, row after row: one gather, whatever the lengths.
+        places = (rows * self.pages.shape[1] - indptr[:-1]).repeat(counts)
+        places += _counting(len(places))
+        return BatchTables(version, page_size, self.lengths[rows].astype(np.int32), self.pages.ravel()[places], indptr)
 
     # --- changes: called by apply only ---------------------------------------------------------------------------------------
 
@@ -159,6 +175,7 @@ class Tables:
     def place(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
         """Give an open sequence another table: at open, and when a handoff makes it resident elsewhere."""
         row = self.row(sequence_id)
+        self.placements += 1
         self._reserve(row + 1, max(1, len(pages)))
         self.pools[row] = pool
         self.lengths[row] = length
@@ -184,19 +201,23 @@ class Tables:
             self._append(rows[at], pages)
 
     def _lengthen(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        lengths = self.lengths.take(rows)
+        lengths = self.lengths[rows]
         lengths += counts
         self.lengths[rows] = lengths
 
     def _append(self, rows: np.ndarray, pages: np.ndarray) -> None:
         """One page more for each of `rows`; a row may stand there several times, one after the other."""
-        have = self.page_counts.take(rows)
-        if len(rows) > 1 and (again := rows[1:] == rows[:-1]).any():
+        have = self.page_counts[rows]
+        again = rows[1:] == rows[:-1]
+        if np.count_nonzero(again):
             for place in np.flatnonzero(again).tolist():
                 have[place + 1] = have[place] + 1
-        self._reserve(0, int(have.max()) + 1)
+        after = have + 1
+        widest = int(np.maximum.reduce(after))
+        if widest > self.pages.shape[1]:
+            self._reserve(0, widest)
         self.pages[rows, have] = pages
-        self.page_counts[rows] = have + 1  # of a row that stands there several times, the last counts
+        self.page_counts[rows] = after  # of a row that stands there several times, the last counts
 
     def truncate(self, sequence_ids: np.ndarray, lengths: np.ndarray, page_counts: np.ndarray, targets: np.ndarray) -> None:
         """New lengths; tables keep their first `page_counts[i]` pages, the last of which becomes targets[i] unless that is -1."""
@@ -216,6 +237,7 @@ class Tables:
     def close(self, sequence_id: int) -> None:
         row = self.row(sequence_id)
         self._last_rows = None
+        self.placements += 1
         self.pages[row, : self.page_counts[row]] = -1
         self.ids[row] = self.pools[row] = self.lengths[row] = self.page_counts[row] = 0
 

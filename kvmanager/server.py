@@ -26,6 +26,8 @@ from kvmanager.queries import is_query
 
 __all__ = ["Server"]
 
+TICK_SECONDS = 0.001  # leases and waits are in milliseconds: looking at them after every request would find nothing new
+
 
 def _check_free(address: str) -> None:
     """Raises InvalidValue for an ipc path that somebody listens at, or that is no socket: libzmq would unlink either and bind."""
@@ -126,21 +128,22 @@ class Server:
 
     def run(self) -> None:
         """Serve until `stop()`, or until the journal takes nothing more: whoever started the process can start another, and that recovers."""
-        period_ms = min(self.manager.config.heartbeat_ms, 50)
+        self._router.setsockopt(zmq.RCVTIMEO, min(self.manager.config.heartbeat_ms, 50))
+        ticked = 0.0
         self._heartbeat()
         while not self._stopping.is_set():
-            if self._router.poll(period_ms, zmq.POLLIN):
-                for _ in range(256):  # then see to the clock, however busy it is
-                    try:
-                        frames = self._router.recv_multipart(zmq.NOBLOCK)
-                    except zmq.Again:
-                        break
-                    self._on_request(frames)
-            with contextlib.suppress(JournalFailed):  # a full disk: leases end once there is room; whoever asks for something is told
-                self.manager.tick()
+            with contextlib.suppress(zmq.Again):  # nothing for a while
+                # Waiting in recv itself: whatever this thread did between an answer and its next wait would hold that answer back, for
+                # libzmq sends it from a thread of its own.
+                self._on_request(self._router.recv_multipart())
+            now = time.monotonic()
+            if now - ticked >= TICK_SECONDS:
+                ticked = now
+                with contextlib.suppress(JournalFailed):  # a full disk: leases end once there is room; whoever asks for something is told
+                    self.manager.tick()
             if self.manager.journal is not None and self.manager.journal.broken:
                 return
-            if (time.monotonic() - self._quiet_since) * 1000 >= self.manager.config.heartbeat_ms:
+            if (now - self._quiet_since) * 1000 >= self.manager.config.heartbeat_ms:
                 self._heartbeat()
 
     # --- requests ------------------------------------------------------------------------------------------------------------
@@ -173,7 +176,10 @@ class Server:
     # --- publications --------------------------------------------------------------------------------------------------------
 
     def _on_batch(self, batch: EventBatch, data: bytes) -> None:
-        self._publisher.send_multipart([wire.BATCH_TOPIC, wire.encode_version(batch.version), data])
+        send = self._publisher.send
+        send(wire.BATCH_TOPIC, zmq.SNDMORE)
+        send(wire.encode_version(batch.version), zmq.SNDMORE)
+        send(data)
         self._quiet_since = time.monotonic()
 
     def _heartbeat(self) -> None:

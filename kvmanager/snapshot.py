@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import msgpack
@@ -13,10 +17,13 @@ from kvmanager import lives
 from kvmanager.apply import Restoring, apply
 from kvmanager.config import ManagerConfig
 from kvmanager.pins import pages_of
-from kvmanager.prefix import NO_PAGES, PAGE_ID, Node
+from kvmanager.pool import Pool
+from kvmanager.prefix import ID_BYTES, NO_PAGES, PAGE_ID, Node
 from kvmanager.state import State
 
 __all__ = ["load_snapshot", "snapshot", "state_digest", "tables_snapshot"]
+
+NODES_BYTES = 16 << 20  # token ids in one event of a snapshot, about
 
 
 def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
@@ -38,22 +45,8 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
             account = accounts.of[tenant]
             events.append(ev.AccountRestored(pool.index, tenant, account.quota, int(account.own), account.pages))
         numbered: dict[Node, int] = {}
-        for namespace, node in pool.prefix.walk() if with_index else ():
-            numbered[node] = len(numbered) + 1
-            parent = numbered.get(node.parent, 0) if node.parent is not None else 0
-            events.append(
-                ev.NodeRestored(
-                    pool.index,
-                    numbered[node],
-                    parent,
-                    namespace,
-                    node.tokens,
-                    np.frombuffer(node.ids, PAGE_ID),
-                    node.refs,
-                    node.last_used,
-                    node.priority,
-                )
-            )
+        if with_index:
+            events += _index_events(pool, numbered)
         numbers.append(numbered)
         events.append(ev.LruRestored(pool.index, np.array([numbered[node] for node in pool.prefix.order] if with_index else [], np.int64)))
         entries = pool.quarantine
@@ -162,6 +155,37 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
     return ev.EventBatch(state.epoch, state.version, state.now_ms, events)
 
 
+def _index_events(pool: Pool, numbered: dict[Node, int]) -> Iterator[ev.NodesRestored]:
+    """The pool's index in columns; numbers its nodes."""
+    for namespace, group in groupby(pool.prefix.walk(), itemgetter(0)):
+        nodes: list[Node] = []
+        size = 0
+        for _, node in group:
+            nodes.append(node)
+            numbered[node] = len(numbered) + 1
+            size += len(node.tokens)
+            if size >= NODES_BYTES:
+                yield _nodes_event(pool, namespace, nodes, numbered)
+                nodes, size = [], 0
+        if nodes:
+            yield _nodes_event(pool, namespace, nodes, numbered)
+
+
+def _nodes_event(pool: Pool, namespace: bytes, nodes: list[Node], numbered: dict[Node, int]) -> ev.NodesRestored:
+    root = pool.prefix.roots[namespace]
+    return ev.NodesRestored(
+        pool.index,
+        namespace,
+        np.array([0 if node.parent is None or node.parent is root else numbered[node.parent] for node in nodes], np.int64),
+        np.array([len(node.ids) // ID_BYTES for node in nodes], np.int32),
+        np.frombuffer(b"".join([node.ids for node in nodes]), PAGE_ID),
+        b"".join([node.tokens for node in nodes]),
+        np.array([node.refs for node in nodes], np.int32),
+        np.array([node.last_used for node in nodes], np.int64),
+        np.array([node.priority for node in nodes], np.int32),
+    )
+
+
 _SEEN_BY_REPLICAS = (
     ev.PoolAdded,
     ev.WorkerJoined,
@@ -187,7 +211,13 @@ def tables_snapshot(state: State) -> ev.EventBatch:
 def load_snapshot(config: ManagerConfig, batch: ev.EventBatch) -> State:
     """The state that a snapshot describes."""
     state = State(config)
-    apply(state, batch, Restoring())
+    collecting = gc.isenabled()
+    gc.disable()  # it would look through a million new nodes again and again, and find nothing
+    try:
+        apply(state, batch, Restoring())
+    finally:
+        if collecting:
+            gc.enable()
     return state
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvmanager.commands import Tick
 from kvmanager.errors import InvalidValue, KVError, ReplicaGap, StaleEpoch, StaleStep, Unknown
-from kvmanager.events import EventBatch, LruRestored, NodeRestored, PoolRestored, decode_batch, encode_batch
+from kvmanager.events import EventBatch, LruRestored, NodesRestored, PoolRestored, decode_batch, encode_batch
 from kvmanager.manager import KVManager
 from kvmanager.replica import AckContent, Replica
 from tests.wire.conftest import config
@@ -232,7 +232,7 @@ def test_tables_snapshot_grows_with_open_sequences_not_with_the_cache(rig: Rig) 
     whole.load(rig.kv.snapshot())
     assert small.tables.digest() == whole.tables.digest() == rig.kv.state.tables.digest()
     kinds = {type(event) for event in decode_batch(rig.kv.tables_snapshot()).events}
-    assert not kinds & {NodeRestored, PoolRestored, LruRestored}
+    assert not kinds & {NodesRestored, PoolRestored, LruRestored}
     assert len(rig.kv.tables_snapshot()) < len(rig.kv.snapshot()) - 40 * 4
 
 
