@@ -157,6 +157,20 @@ def test_a_handoff_waits_for_the_quota_of_its_target(make_rig: MakeRig) -> None:
     assert {row["pool"]: row["pages"] for row in rig.kv.tenants()} == {"q": 2}
 
 
+def test_pages_that_an_aborted_handoff_held_are_no_longer_charged_once_it_has_ended(make_rig: MakeRig) -> None:
+    """The simulator's find: nothing of the sequence was in the index, its root had left it, and with it went the account to credit."""
+    rig = make_rig(ManagerConfig(pools=(PoolConfig("A", 8, page_size=16), PoolConfig("B", 8, page_size=16))))
+    opened = rig.prefilled(range(10), "A", tenant=b"red")
+    rig.kv.hand_off(opened.sequence, "B")
+    rig.kv.close(opened.sequence)
+    rig.kv.set_quota(b"red", 1)
+    with pytest.raises(OverQuota):
+        rig.kv.open(range(10), "A", tenant=b"red", chunk=10)
+    rig.ack("B")
+    rig.ack("A")
+    assert rig.kv.open(range(10), "A", tenant=b"red", chunk=10).length == 10
+
+
 def test_quotas_are_bounded_in_number(make_rig: MakeRig) -> None:
     rig = make_rig(small(quotas_max=1))
     rig.kv.set_quota(RED, 1)
