@@ -39,6 +39,7 @@ class Model:
         self.last_grow: list[tuple[int, int]] = []
         self.clients: dict[int, None] = {}  # that the manager remembers
         self.notices: dict[int, list[tuple[str, int, int]]] = {}
+        self.copied: Counter[tuple[int, bytes]] = Counter()  # (pool, tenant) -> pages that truncations of that batch took for copies
         self.taken: Counter[int] = Counter()  # pool -> pages handed out by the batch that was read last
         self.waiting: dict[int, int] = {}  # prompt in the queue -> its client
         self.pins: dict[int, tuple[int, list[int]]] = {}  # pin -> pool, pages
@@ -153,6 +154,7 @@ class Model:
         """Follow one batch."""
         self.version = batch.version
         self.taken.clear()
+        self.copied.clear()
         turn.visible = [dict(index) for index in self.index]
         for event in batch.events:
             self.seen[type(event).__name__] += 1

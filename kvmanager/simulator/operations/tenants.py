@@ -54,5 +54,6 @@ def check_quota(model: Model, pool: int, tenant: bytes, what: str) -> None:
     if quota is not None:
         has = {page for text in model.texts.values() if text.pool == pool and text.tenant == tenant for page in text.pages}
         has |= {page for stamp, (page, _) in model.index[pool].items() if model.tenants[stamp] == tenant}
-        demand(len(has) <= quota, f"{what}: tenant {tenant!r} has {len(has)} pages, its quota is {quota}")
+        copies = model.copied[pool, tenant]  # never refused, and not yet counted when the step's opens are
+        demand(len(has) <= quota + copies, f"{what}: tenant {tenant!r} has {len(has)} pages, its quota is {quota}")
         model.seen["within_a_quota"] += 1

@@ -36,6 +36,7 @@ def truncated(model: Model, event: ev.SequencesTruncated, turn: Turn) -> None:
             demand(part and keep == least, f"{what}: a copy of {part} slots, {keep} pages")
             model.take(text.pool, [target], what)
             model.seen["copied on truncation"] += 1
+            model.copied[text.pool, text.tenant] += 1
         elif part:
             demand(not indexed, f"{what}: it would write into page {last} of the index")
             others = [each for each, other in model.texts.items() if other.pool == text.pool and last in other.pages and each != sequence]
