@@ -9,10 +9,11 @@ import numpy as np
 from kvmanager import events as ev
 from kvmanager.arrays import bytes_of
 from kvmanager.commands import Open
-from kvmanager.draft import Draft
+from kvmanager.draft import Draft, PoolDraft
 from kvmanager.errors import InvalidValue, KVError, PoolNotReady, PrefixPending, SequenceTooLarge, TooMany, Unknown
-from kvmanager.placement import Look, in_order, look, pages_wanted, place_of
+from kvmanager.placement import Look, forgo_partial, in_order, look, pages_now, pages_wanted, place_of
 from kvmanager.pool import Pool
+from kvmanager.prefix import Node
 from kvmanager.sequences import SLOT_BITS
 from kvmanager.state import encode_namespace
 from kvmanager.tables import div_ceil
@@ -37,9 +38,9 @@ def admit(draft: Draft, command: Open, client: int, now_ms: int) -> list[Any]:
     state = draft.state
     draft.examined.append(None)
     count = len(command.tokens)
-    if count > state.config.sequence_tokens_max:
-        raise InvalidValue("open.tokens", f"at most {state.config.sequence_tokens_max} tokens", count)
-    pools = _suitable(draft, command, count)
+    if count + command.reserve > state.config.sequence_tokens_max:
+        raise InvalidValue("open.tokens", f"at most {state.config.sequence_tokens_max} tokens", count + command.reserve)
+    pools = _suitable(draft, command, count + command.reserve)
     if not len(draft.slots):
         raise TooMany("sequences", state.config.sequences_max)
     tokens = draft.extras.write_in(command.tokens, command.extras)
@@ -88,13 +89,14 @@ def _choose(draft: Draft, command: Open, namespace: bytes, looks: list[Look]) ->
     count = len(command.tokens)
     if len(looks) > 1:
         for item in looks:
-            wanted = pages_wanted(item, count) - item.expected // item.pool.page_size
+            wanted = pages_wanted(item, count + command.reserve) - item.expected // item.pool.page_size
             if _refusal(draft, item, namespace, wanted) is None:
                 return item
     refusals = []
     for item in looks:
-        wanted = pages_wanted(item, min(item.cached + command.chunk, count))
-        refusal = None if item.computing else _refusal(draft, item, namespace, wanted)
+        refusal = None if item.computing else _refusal(draft, item, namespace, pages_now(item, command))
+        if refusal is not None and forgo_partial(item):
+            refusal = _refusal(draft, item, namespace, pages_now(item, command))
         if refusal is None:
             return item
         refusals.append(refusal)
@@ -105,24 +107,39 @@ def _choose(draft: Draft, command: Open, namespace: bytes, looks: list[Look]) ->
 def _refusal(draft: Draft, item: Look, namespace: bytes, wanted: int) -> KVError | None:
     """Why the tenant cannot have `wanted` pages of the pool, beside those that the prompt shares; None if it can."""
     pages = draft.pool(item.pool.index)
-    pinned = pages.pin(item.found.nodes, item.found.last_pages)
+    pinned = _pin(pages, item)
     account = pages.account(namespace)
     refusal = pages.refusal(wanted, account) if pages.can_take(wanted, account) < wanted else None
     pages.unpin(pinned)
     return refusal
 
 
+def _pin(pages: PoolDraft, item: Look) -> list[tuple[Node, int]]:
+    """Neither what the prompt shares nor what it copies is to be evicted for it."""
+    pinned = pages.pin(item.found.nodes, item.found.last_pages)
+    if item.partial is not None:
+        pinned = pages.pin([item.partial.node], item.partial.place + 1) + pinned
+    return pinned
+
+
 def _take(draft: Draft, command: Open, client: int, namespace: bytes, tokens: np.ndarray, chosen: Look, sequence_id: int) -> list[Any]:
     count, pool, cached = len(command.tokens), chosen.pool, chosen.found.pages()
     pages = draft.pool(pool.index)
-    pages.pin(chosen.found.nodes, chosen.found.last_pages)
+    _pin(pages, chosen)
     length = min(chosen.cached + command.chunk, count)
-    fresh = pages.take(pages_wanted(chosen, length), pages.account(namespace))
+    fresh = pages.take(pages_now(chosen, command), pages.account(namespace))
+    copied = 0
+    if chosen.partial is not None:
+        copied = chosen.partial.tokens
+        draft.copy(pool.index, chosen.partial.page, int(fresh[0]), copied)
+    reserved = div_ceil(count + command.reserve, pool.page_size) if command.reserve else 0
     draft.opened += 1
     draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) + count
     draft.extras.log(tokens, draft.events)
-    rest = tokens[chosen.cached :]
-    draft.events.append(ev.SequenceOpened(sequence_id, client, pool.index, namespace, rest, cached, fresh, length, command.priority))
+    rest = tokens[len(cached) * pool.page_size :]  # the index has the rest; a page that is copied is not the sequence's in it
+    draft.events.append(
+        ev.SequenceOpened(sequence_id, client, pool.index, namespace, rest, cached, fresh, length, command.priority, copied, reserved)
+    )
     if command.waiting:
         leave_queue(draft, command.waiting)
     return [sequence_id, chosen.cached, length, pool.name]

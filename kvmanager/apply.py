@@ -18,6 +18,7 @@ from kvmanager.errors import InvariantBroken
 from kvmanager.forks import apply_forked, leave_family
 from kvmanager.growth import apply_grown, apply_grown_again, apply_grown_further
 from kvmanager.handoff import Handoff, HandoffState
+from kvmanager.neighbours import Neighbours
 from kvmanager.owners import let_go as _let_go
 from kvmanager.owners import note_place as _note_place
 from kvmanager.owners import note_publishable as _note_publishable
@@ -65,6 +66,8 @@ def _extras_named(state: State, event: ev.ExtrasNamed) -> None:
 
 def _pool_added(state: State, event: ev.PoolAdded) -> None:
     pool = Pool(*event, extras=state.extras, remnants_bytes_max=state.config.remnants_bytes_max)
+    if event.pool < len(state.config.pools) and state.config.pools[event.pool].partial_match:
+        pool.prefix.neighbours = Neighbours()
     state.pools.append(pool)
     state.groups.setdefault(event.group, []).append(pool)
     state.pool_workers.append([])
@@ -127,10 +130,12 @@ def _sequence_opened(state: State, event: ev.SequenceOpened) -> None:
     )
     # What the index holds has been written by every worker of the pool: that is how it came in.
     sequence.written = dict.fromkeys(state.live_workers(event.pool), len(cached) * pool.page_size)
+    sequence.reserved = event.reserved
     state.sequences[event.sequence] = sequence
     pool.arrivals.add(event.sequence, event.priority)
     state.extras.count(tokens, 1)
     pool.load += len(cached) * pool.page_size + len(event.tokens)
+    pool.tokens_copied += event.copied
     _note_place(state, sequence)
 
 
@@ -166,6 +171,8 @@ def _sequence_closed(state: State, event: ev.SequenceClosed) -> None:
     sequence = state.sequences.pop(event.sequence)
     pool = state.pools[sequence.pool]
     _let_go(state, pool, sequence.namespace, state.tables.pages_of(event.sequence), sequence.published, sequence.node)
+    if event.reason == 3:
+        pool.put_in_quarantine(state.version, pool.prefix.forget_end(sequence.node, state.version), None)
     pool.prefix.leave(sequence.namespace)
     pool.load -= len(sequence.tokens) // TOKEN_BYTES
     state.extras.count(sequence.tokens, -1)
@@ -370,7 +377,7 @@ def _nodes_restored(state: State, event: ev.NodesRestored, restoring: Restoring)
         parent, stop = known[number - 1] if number else root, at + size
         node = Node(parent, tokens[at * step : stop * step], ids[at * ID_BYTES : stop * ID_BYTES])
         node.refs, node.last_used, node.priority = refs, last_used, priority
-        parent.adopt(node, step)
+        prefix.adopt(parent, node)
         known.append(node)
         at = stop
     owners = np.empty(len(known) - first, object)
@@ -424,6 +431,10 @@ def _in_flight_restored(state: State, event: ev.InFlightRestored, _: Restoring) 
     pool = state.pools[event.pool]
     for sequence_id, since_ms in zip(event.sequences.tolist(), event.since_ms.tolist(), strict=True):
         pool.inflight.note(state.sequences[sequence_id], pool.prefix.page_bytes, since_ms)
+
+
+def _counters_restored(state: State, event: ev.CountersRestored, _: Restoring) -> None:
+    state.pools[event.pool].tokens_copied = event.tokens_copied
 
 
 def _sequence_marks_restored(state: State, event: ev.SequenceMarksRestored, _: Restoring) -> None:
@@ -523,6 +534,7 @@ _RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
     ev.SequenceRestored: _sequence_restored,
     ev.ArrivalsRestored: _arrivals_restored,
     ev.InFlightRestored: _in_flight_restored,
+    ev.CountersRestored: _counters_restored,
     ev.SequenceMarksRestored: _sequence_marks_restored,
     ev.HandoffRestored: _handoff_restored,
     ev.ClientRestored: _client_restored,

@@ -102,6 +102,8 @@ class Open:
     waiting  its id in the waiting queue, which it leaves if it is opened; 0, or one that is gone, is none
     extras   (key, start, stop) each: what else must be equal for tokens [start, stop), such as an image hash (1..256 bytes). What comes
              before `start` is shared regardless; what follows depends on it
+    reserve  tokens that it will have beyond the prompt: pages for all of them are taken at once, and growing so far never fails for want
+             of pages; 0 reserves none
 
     At least the prompt's last token is never taken from the cache: somebody has to compute its logits.
     """
@@ -116,9 +118,11 @@ class Open:
     priority: int = 0
     waiting: int = 0
     extras: Any = ()
+    reserve: int = 0
 
     def __post_init__(self) -> None:
         check_prompt("open", self)
+        check_int("open.reserve", self.reserve, 0, 1 << 24)
         check_int("open.chunk", self.chunk, 0, 1 << 24)
         if not isinstance(self.wait, bool):
             raise InvalidValue("open.wait", "true or false", repr(self.wait)[:80])
@@ -231,7 +235,8 @@ class Step:
     """One scheduler step for the whole batch, in this order: close, abort, truncate, tokens, unpin, release, pin, hand_off, grow, fork,
     open, dequeue, enqueue.
 
-    close        sequence ids, int64
+    close        sequence ids, int64: what they have in the prefix index stays cached for others
+    forget       sequence ids, int64: closed too, and what nobody else holds, waits for or continues leaves the index
     abort        handoff ids, int64
     tokens       (sequence id, token ids) pairs: ids of decoded tokens, appended after those known
     hand_off     (sequence id, target pool name) pairs
@@ -265,6 +270,7 @@ class Step:
     enqueue: Any = ()
     truncate: Any = ()
     fork: Any = ()
+    forget: Any = ()
     pin: Any = ()
     unpin: Any = ()
     release: Any = ()
@@ -357,6 +363,7 @@ _STEP_FIELDS: dict[str, tuple[Callable[[object], Any], Any]] = {
     for name, check in (
         ("opens", _objects("step.opens", Open)),
         ("close", _ids("step.close")),
+        ("forget", _ids("step.forget")),
         ("tokens", _check_tokens),
         ("hand_off", _check_hand_off),
         ("abort", _ids("step.abort")),

@@ -40,6 +40,8 @@ class PoolConfig:
     workers     tensor-parallel workers that hold copies; the pool is ready once that many are alive
     layout      fingerprint of the latent layout; "" takes that of the first worker to join
     tenant_quota   pages that each tenant may have, unless it is given a quota of its own; -1 for no limit
+    partial_match  a prompt that agrees with at least so many leading tokens of a cached page copies them and goes on from there (see
+                   partial), 0..1024; 0 never copies: only whole pages are shared
     """
 
     name: str
@@ -49,6 +51,7 @@ class PoolConfig:
     workers: int = 1
     layout: str = ""
     tenant_quota: int = -1
+    partial_match: int = 0
 
     def __post_init__(self) -> None:
         check_name("pool.name", self.name)
@@ -58,6 +61,7 @@ class PoolConfig:
         check_int("pool.workers", self.workers, 1, 1024)
         check_name("pool.layout", self.layout, allow_empty=True)
         check_int("pool.tenant_quota", self.tenant_quota, -1, 2**31 - 1)
+        check_int("pool.partial_match", self.partial_match, 0, PAGE_SIZE_MAX)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ def carry_out(state: State, command: Command, now_ms: int, client: int) -> tuple
     if not isinstance(command, Step):
         _settle_pages(draft)
     _settle_handoffs(draft)
+    draft.events += [ev.SequenceClosed(sequence_id, 3) for sequence_id in draft.closed_last]
     return draft, reply
 
 
@@ -179,7 +180,22 @@ def _lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
 # --- one scheduler step ----------------------------------------------------------------------------------------------------------
 
 
-_LISTS = ("opens", "grow", "close", "tokens", "hand_off", "abort", "dequeue", "enqueue", "truncate", "fork", "unpin", "release", "pin")
+_LISTS = (
+    "opens",
+    "grow",
+    "close",
+    "tokens",
+    "hand_off",
+    "abort",
+    "dequeue",
+    "enqueue",
+    "truncate",
+    "fork",
+    "unpin",
+    "release",
+    "pin",
+    "forget",
+)
 
 
 def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, Any]:
@@ -201,6 +217,8 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
 
     for index, sequence_id in enumerate(command.close.tolist()):
         attempt("close", index, _close, sequence_id)
+    for index, sequence_id in enumerate(command.forget.tolist()):
+        attempt("forget", index, _forget, sequence_id)
     for index, handoff_id in enumerate(command.abort.tolist()):
         attempt("abort", index, _abort_asked, handoff_id)
     for index, (sequence_id, length) in enumerate(command.truncate.tolist()):
@@ -237,6 +255,18 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
 
 
 def _close(draft: Draft, sequence_id: int, reason: int = 0) -> None:
+    _end(draft, sequence_id)
+    draft.slots.push([slot_of(sequence_id)])
+    draft.events.append(ev.SequenceClosed(sequence_id, reason))
+
+
+def _forget(draft: Draft, sequence_id: int) -> None:
+    """Closed at the end of the batch: until then its pages are in the index, and whoever takes hold of them keeps them there."""
+    _end(draft, sequence_id)
+    draft.closed_last.append(sequence_id)
+
+
+def _end(draft: Draft, sequence_id: int) -> None:
     if not draft.alive(sequence_id):
         raise Unknown("sequence", sequence_id)
     sequence = draft.state.sequences[sequence_id]
@@ -244,8 +274,6 @@ def _close(draft: Draft, sequence_id: int, reason: int = 0) -> None:
         _abort(draft, sequence.handoff, "closed", "the sequence was closed")
     draft.closed[sequence_id] = None
     draft.load_change[sequence.pool] = draft.load_change.get(sequence.pool, 0) - len(sequence.tokens) // TOKEN_BYTES
-    draft.slots.push([slot_of(sequence_id)])
-    draft.events.append(ev.SequenceClosed(sequence_id, reason))
 
 
 def _append_tokens(draft: Draft, sequence_id: int, tokens: np.ndarray) -> None:

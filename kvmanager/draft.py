@@ -265,6 +265,7 @@ class Draft:
         self.examined: list[Any] = []  # for each open that was tried: the placement.Look that was chosen, or would have been, or None
         self.load_change: dict[int, int] = {}  # pool -> tokens
         self.closed: dict[int, None] = {}
+        self.closed_last: list[int] = []  # sequences whose end comes last in the batch
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}
         self.extras = ExtrasDraft(state.extras, state.config.extras_max)

@@ -75,7 +75,8 @@ class WorkerDead(NamedTuple):
 
 
 class SequenceOpened(NamedTuple):
-    """`cached` pages come from the prefix index; `fresh` ones make room for tokens up to `length`, which the workers are to write.
+    """`cached` pages come from the prefix index; `fresh` ones make room for tokens up to `length`, which the workers are to write, but for
+    the first `copied`, which are copied (see PagesCopied). The table's first `reserved` pages stay however short the sequence is cut.
 
     `tokens` are the ids that follow on the cached pages: those in them are the index's. A step for the workers if there is anything to write.
     """
@@ -89,6 +90,8 @@ class SequenceOpened(NamedTuple):
     fresh: Ints32
     length: int
     priority: int
+    copied: int
+    reserved: int
 
 
 class SequencesGrown(NamedTuple):
@@ -130,7 +133,8 @@ class PagesPublished(NamedTuple):
 
 
 class SequenceClosed(NamedTuple):
-    """reason: 0 finished, 1 lost with its pool's memory, 2 its owner's lease ended."""
+    """reason: 0 finished, 1 lost with its pool's memory, 2 its owner's lease ended, 3 finished and to be forgotten: its pages leave the index,
+    from the end up to the first that somebody holds, waits for or continues."""
 
     sequence: int
     reason: int
@@ -395,6 +399,13 @@ class SequenceRestored(NamedTuple):
     priority: int
 
 
+class CountersRestored(NamedTuple):
+    """What a pool has counted: tokens that prompts did not compute because part of a page was copied."""
+
+    pool: int
+    tokens_copied: int
+
+
 class SequenceMarksRestored(NamedTuple):
     """What only a sequence has that was forked, truncated or given a reserve, or whose tenant was flushed."""
 
@@ -524,6 +535,7 @@ EVENTS: tuple[type, ...] = (
     TenantFlushed,
     AccountRestored,
     ExtrasNamed,
+    CountersRestored,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

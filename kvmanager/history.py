@@ -184,6 +184,15 @@ class SequenceWatch:
             elif isinstance(event, ev.GrownFurther):
                 if (state.tables.last_ids[event.at] == self.sequence).any():
                     self.story.append((batch.version, f"grows to {state.tables.length(self.sequence)} tokens"))
+            elif isinstance(event, ev.SequencesTruncated):
+                if (event.ids == self.sequence).any():
+                    self.story.append((batch.version, f"truncated to {int(event.lengths[event.ids == self.sequence][0])} tokens"))
+            elif isinstance(event, ev.SequenceForked):
+                if (event.children == self.sequence).any():
+                    self.opened = batch.version
+                    self.story.append((batch.version, f"forked by client {event.owner} from {event.parent} at {event.length} tokens"))
+                elif event.parent == self.sequence:
+                    self.story.append((batch.version, f"forked at {event.length} tokens: {', '.join(map(str, event.children.tolist()))}"))
             elif getattr(event, "sequence", 0) == self.sequence or getattr(event, "handoff", 0) in self._handoffs:
                 if isinstance(event, ev.HandoffBegun):
                     self._handoffs[event.handoff] = None

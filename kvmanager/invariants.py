@@ -112,6 +112,10 @@ def check_invariants(state: State) -> None:
         mapped = sum(node is not None for node in pool.prefix.node_of)
         if not mapped == pool.prefix.pages_indexed == len(indexed):
             _fail(pool.name, f"page map holds {mapped} pages and counts {pool.prefix.pages_indexed}, the tree {len(indexed)}")
+        if prefix_keys := pool.prefix.neighbours:
+            nodes = [*pool.prefix.roots.values(), *(node for _, node in pool.prefix.walk())]
+            if prefix_keys.keys != {node: sorted(node.children) for node in nodes if node.children}:
+                _fail(pool.name, "neighbours: not the children in the order of their token ids")
         check_queue(state, pool)
         check_accounts(state, pool)
     check_extras(state)

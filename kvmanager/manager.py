@@ -171,6 +171,7 @@ class Surface:
         unpin: Any = (),
         release: Sequence[tuple[bytes, bytes]] = (),
         victims: bool = False,
+        forget: Any = (),
     ) -> StepReply:
         """One scheduler step for the whole batch; see `commands.Step` for each argument and their order.
 
@@ -194,6 +195,7 @@ class Surface:
             unpin=unpin,
             release=tuple(release),
             victims=victims,
+            forget=forget,
         )
         reply = _step_reply(self._execute(command))
         if self.notices:
@@ -227,12 +229,13 @@ class Surface:
         priority: int = 0,
         waiting: int = 0,
         extras: Sequence[tuple[bytes, int, int]] = (),
+        reserve: int = 0,
     ) -> Opened:
         """Open one sequence; see `commands.Open`.
 
         Raises OutOfPages, PrefixPending, SequenceTooLarge, PoolNotReady, Unknown (pool, group), TooMany.
         """
-        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group, wait, priority, waiting, extras),)))
+        reply = self._one("open", Step(opens=(Open(tokens, pool, tenant, extra, chunk, group, wait, priority, waiting, extras, reserve),)))
         return Opened(*reply["opened"][0])
 
     def grow(self, sequence: int, count: int = 1) -> int:
@@ -243,8 +246,10 @@ class Surface:
         """Make the ids of decoded tokens known, so that their pages can be shared. Raises Unknown."""
         return self._one("tokens", Step(tokens=((sequence, tokens),)))["version"]
 
-    def close(self, sequence: int) -> int:
-        """End a sequence. Its written pages stay cached for sharing until they are evicted. Raises Unknown."""
+    def close(self, sequence: int, *, forget: bool = False) -> int:
+        """End a sequence. Its written pages stay cached for sharing until they are evicted, or are forgotten at once. Raises Unknown."""
+        if forget:
+            return self._one("forget", Step(forget=[sequence]))["version"]
         return self._one("close", Step(close=[sequence]))["version"]
 
     def enqueue(

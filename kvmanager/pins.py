@@ -19,7 +19,7 @@ import numpy as np
 from kvmanager import events as ev
 from kvmanager.commands import Pin
 from kvmanager.draft import Draft, PinsDraft
-from kvmanager.errors import NotCached, OverPinBudget, TooMany, Unknown
+from kvmanager.errors import InvariantBroken, NotCached, OverPinBudget, TooMany, Unknown
 from kvmanager.eviction import PRIORITY_MIN
 from kvmanager.pool import Pool
 from kvmanager.prefix import PAGE_ID, Node
@@ -164,7 +164,10 @@ def pin_restored(state: State, event: ev.PinBegun, _: Any) -> None:
     pool = state.pools[event.pool]
     pool.prefix.enter(event.namespace)
     pool.share(event.pages)
-    _note(state, event, pool, pool.prefix.node_of[event.pages[-1]])
+    node = pool.prefix.node_of[event.pages[-1]]
+    if node is None:
+        raise InvariantBroken(f"pin {event.pin}: page {event.pages[-1]} is not in the index")
+    _note(state, event, pool, node)
 
 
 def _note(state: State, event: ev.PinBegun, pool: Pool, node: Node) -> None:

@@ -22,18 +22,20 @@ from dataclasses import dataclass
 from kvmanager.commands import Open
 from kvmanager.draft import Draft
 from kvmanager.inflight import pages_agreeing
+from kvmanager.partial import Partial, find_partial
 from kvmanager.pool import Pool
 from kvmanager.prefix import TOKEN_BYTES, Match, Node
 from kvmanager.tables import div_ceil
 
-__all__ = ["Look", "in_order", "look", "pages_wanted", "place_of"]
+__all__ = ["Look", "forgo_partial", "in_order", "look", "pages_now", "pages_wanted", "place_of"]
 
 
 @dataclass(slots=True)
 class Look:
     """What one pool offers a prompt.
 
-    found      leading pages in its index, and the nodes they are in; `cached` is their tokens
+    found      leading pages in its index, and the nodes they are in; `cached` is their tokens, and those of `partial`
+    partial    the page that goes on to agree for a while, to be copied; None if there is none or the pool does not
     computing  the sequence that computes what comes next, 0 if none does or the prompt does not wait
     expected   tokens beyond the cached ones that come from there
     """
@@ -43,6 +45,7 @@ class Look:
     cached: int
     computing: int = 0
     expected: int = 0
+    partial: Partial | None = None
 
 
 def look(draft: Draft, pool: Pool, namespace: bytes, data: bytes, command: Open, now_ms: int) -> Look:
@@ -55,7 +58,23 @@ def look(draft: Draft, pool: Pool, namespace: bytes, data: bytes, command: Open,
         item.expected = expected * pool.page_size
         if item.expected < draft.state.config.inflight_tokens_min:
             item.computing = item.expected = 0
+    least = draft.state.config.pools[pool.index].partial_match
+    if least and not item.computing:
+        rest = data[item.cached * TOKEN_BYTES : (len(command.tokens) - 1) * TOKEN_BYTES]
+        item.partial = find_partial(draft.pool(pool.index), found, namespace, rest)
+        if item.partial is not None and item.partial.tokens >= least:
+            item.cached += item.partial.tokens
+        else:
+            item.partial = None
     return item
+
+
+def forgo_partial(item: Look) -> bool:
+    """The pool has no page for the copy: whole pages only. False if there is nothing to forgo."""
+    if item.partial is None:
+        return False
+    item.cached, item.partial = item.cached - item.partial.tokens, None
+    return True
 
 
 def place_of(item: Look, namespace: bytes, data: bytes) -> tuple[int, Node | bytes, int, bytes]:
@@ -100,6 +119,12 @@ def in_order(draft: Draft, looks: list[Look]) -> list[Look]:
         return load_weight * load - match_weight * (item.cached + item.expected)
 
     return sorted(looks, key=cost)  # stable: equal ones stay in the order of the config
+
+
+def pages_now(item: Look, command: Open) -> int:
+    """Pages that opening the prompt takes at once."""
+    count = len(command.tokens)
+    return pages_wanted(item, max(min(item.cached + command.chunk, count), count + command.reserve if command.reserve else 0))
 
 
 def pages_wanted(item: Look, tokens: int) -> int:

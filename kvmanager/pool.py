@@ -110,6 +110,7 @@ class Pool:
         self.free = PageStack(num_pages)
         self.refs = np.zeros(num_pages, np.int32)
         self.used = 0
+        self.tokens_copied = 0  # that prompts did not compute because part of a page was copied
         self.load = 0  # known token ids of open sequences, see placement
         self.quarantine: dict[int, Quarantined] = {}  # by serial, oldest first
         self.next_serial = 1

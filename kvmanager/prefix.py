@@ -21,6 +21,7 @@ from kvmanager.accounts import Account, Accounts, tenant_of
 from kvmanager.errors import InvariantBroken
 from kvmanager.eviction import PRIORITY_MIN, EvictionOrder
 from kvmanager.extras import Extras
+from kvmanager.neighbours import Neighbours
 from kvmanager.queue_hint import Waiters, WaitingQueue
 from kvmanager.remnants import Remnants
 
@@ -117,6 +118,7 @@ class PrefixIndex:
         self.pages_indexed = 0
         self.extras = extras or Extras()  # the manager's: of which pages count as users
         self.order = EvictionOrder()
+        self.neighbours: Neighbours | None = None  # kept by pools that match below a page
         self.queue = WaitingQueue(self)
         self.accounts = Accounts()
         self.namespaces: dict[bytes, dict[bytes, None]] = {}  # tenant -> its namespaces in `roots`
@@ -314,7 +316,7 @@ class PrefixIndex:
         self.remnants.split(upper, node, page_count)
         parent.adopt(upper, self.page_bytes)
         node.parent, node.tokens, node.ids = upper, node.tokens[cut:], node.ids[page_count * ID_BYTES :]
-        upper.adopt(node, self.page_bytes)
+        self.adopt(upper, node)
         self.node_of[np.frombuffer(upper.ids, PAGE_ID)] = upper
         return upper
 
@@ -344,7 +346,7 @@ class PrefixIndex:
             self.node_of[pages[at:]] = node
         else:
             child = Node(node, rest_tokens, rest)
-            node.adopt(child, step)
+            self.adopt(node, child)
             child.refs, child.last_used, child.priority = 1, version, priority
             self.node_of[pages[at:]] = child
             self.queue.published(node, child)
@@ -352,6 +354,27 @@ class PrefixIndex:
         self.pages_indexed += len(pages) - at
         self.extras.count(rest_tokens, 1)
         return node
+
+    def adopt(self, parent: Node, child: Node) -> None:
+        """`child` is new below `parent`."""
+        parent.adopt(child, self.page_bytes)
+        if self.neighbours is not None:
+            self.neighbours.add(parent, child.tokens[: self.page_bytes])
+
+    def forget_end(self, node: Node, version: int) -> np.ndarray:
+        """Forget `node` and what is above it as far as nobody holds it, waits for it or continues it; gives the pages."""
+        gone: list[bytes] = []
+        while node.parent is not None and not node.refs and not node.children and node.waiters is None:
+            parent = node.parent
+            gone.append(node.ids)
+            self._cut(node, node.count, version)
+            node = parent
+        if gone:
+            self.remnants.clear()  # they name tokens, and what is forgotten is not to be told
+        pages = np.frombuffer(b"".join(gone), PAGE_ID)
+        self.node_of[pages] = None
+        self.pages_indexed -= len(pages)
+        return pages
 
     def evict(self, pages: np.ndarray, version: int) -> None:
         """Forget these pages, one after the other: each is the last of a leaf that nobody holds when its turn comes."""
@@ -385,8 +408,11 @@ class PrefixIndex:
         parent = node.parent
         if parent is None:
             raise InvariantBroken("prefix index: the root has no pages to forget")
-        self.remnants.removed(node, parent, node.tokens[: self.page_bytes], version)
+        key = node.tokens[: self.page_bytes]
+        self.remnants.removed(node, parent, key, version)
         parent.disown(node, self.page_bytes)
+        if self.neighbours is not None:
+            self.neighbours.remove(parent, key)
         if parent.parent is None and not parent.children and not parent.refs:
             self._uproot(parent)
 
@@ -407,6 +433,8 @@ class PrefixIndex:
         pages = np.frombuffer(b"".join([node.ids for node in nodes]), PAGE_ID)
         self.node_of[pages] = None
         self.pages_indexed -= len(pages)
+        if self.neighbours is not None:
+            self.neighbours.drop(nodes)
         for root in roots.values():
             root.children, root.sought = {}, None
         self.queue.start_over(roots)

@@ -41,6 +41,7 @@ def pool_stats(state: State) -> dict[str, Any]:
                 "total": counts.total,
             },
             "pinned": sum(pool.pinned.values()),
+            "tokens_copied": pool.tokens_copied,
             "sequences": pool.arrivals.count,
             "workers": {str(each): state.workers[each].name for each in state.live_workers(pool.index)},
             "fenced": {str(each): state.workers[each].name for each in state.pool_workers[pool.index] if state.workers[each].fenced},

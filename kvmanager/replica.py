@@ -17,7 +17,7 @@ from kvmanager import events as ev
 from kvmanager.errors import InvalidValue, ReplicaGap, StaleEpoch, StaleStep, Unknown, WrongState
 from kvmanager.handoff import HandoffState
 from kvmanager.sequences import Tables
-from kvmanager.tables import BatchTables
+from kvmanager.tables import BatchTables, div_ceil
 
 __all__ = ["AckContent", "Copies", "Peer", "Pull", "Replica"]
 
@@ -360,7 +360,10 @@ class Replica:
             return []
         if len(event.cached):  # whatever is in the index has been written
             self._written[event.sequence] = self._reported[event.sequence] = len(event.cached) * self.page_size
-        return [event.sequence] if len(event.fresh) else []
+        there = len(event.cached) * self.page_size + event.copied
+        if event.copied:
+            self._after_copies[event.sequence] = there
+        return [event.sequence] if event.length > there else []
 
     def _on_grow(self, event: ev.SequencesGrown) -> list[int]:
         self.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
@@ -434,7 +437,7 @@ class Replica:
             self._handing[event.sequence] = None
             self._reported.pop(event.sequence, None)  # what was said about another version may not have counted: say it all again
 
-    def _start_pull(self, handoff: int, version: int, source_pages: np.ndarray) -> None:
+    def _start_pull(self, handoff: int, version: int, source_pages: np.ndarray, length: int) -> None:
         move = self._handoffs[handoff]
         if move.target != self.pool:
             return
@@ -443,14 +446,14 @@ class Replica:
         if not sources:
             return  # the abort is on its way
         peer = self.peers[sources[handoff % len(sources)]]
-        self._pulls[handoff] = Pull(
-            handoff, move.sequence, version, peer, source_pages[len(move.shared) :].copy(), move.fresh, len(move.shared)
-        )
+        shared, used = len(move.shared), div_ceil(length, self.page_size)  # pages reserved beyond the length hold nothing
+        pages = source_pages[shared:used].copy(), move.fresh[: used - shared]
+        self._pulls[handoff] = Pull(handoff, move.sequence, version, peer, *pages, shared)
 
     def _on_moving(self, event: ev.HandoffMoving) -> None:
         move = self._handoffs[event.handoff]
         move.shared, move.fresh, move.moving = event.shared, event.fresh, True
-        self._start_pull(event.handoff, self.version + 1, self.tables.pages_of(move.sequence))
+        self._start_pull(event.handoff, self.version + 1, self.tables.pages_of(move.sequence), self.tables.length(move.sequence))
 
     def _on_resident(self, event: ev.HandoffResident) -> None:
         move = self._handoffs.pop(event.handoff)
@@ -487,7 +490,7 @@ class Replica:
         self._handoffs[event.handoff] = move
         if event.state == HandoffState.MOVING:
             move.moving = True
-            self._start_pull(event.handoff, event.version, event.source_pages)
+            self._start_pull(event.handoff, event.version, event.source_pages, event.length)
 
 
 _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {

@@ -49,6 +49,8 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
             events += _index_events(pool, numbered)
         numbers.append(numbered)
         events.append(ev.LruRestored(pool.index, np.array([numbered[node] for node in pool.prefix.order] if with_index else [], np.int64)))
+        if pool.tokens_copied:
+            events.append(ev.CountersRestored(pool.index, pool.tokens_copied))
         entries = pool.quarantine
         events.append(
             ev.PoolRestored(

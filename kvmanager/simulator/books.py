@@ -81,6 +81,7 @@ class Chore:
     source: int = -1
     target: int = -1
     stamps: list[int] = field(default_factory=list)
+    known: int = 0  # tokens that it knows to be written in any case
 
     @property
     def pages(self) -> list[int]:

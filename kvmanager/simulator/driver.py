@@ -45,7 +45,7 @@ class Driver:
         self.rng = rng = random.Random(seed)
         self.seed = seed
         pools = tuple(
-            PoolConfig(name, rng.randint(5, 12), page_size=PAGE, workers=rng.choice((1, 2)))
+            PoolConfig(name, rng.randint(5, 12), page_size=PAGE, workers=rng.choice((1, 2)), partial_match=rng.choice((0, 0, 1, 5)))
             for name in ("A", "B", "C")[: rng.choice((2, 2, 3))]
         )
         self.config = ManagerConfig(

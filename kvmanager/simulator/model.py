@@ -42,6 +42,7 @@ class Model:
         self.copied: Counter[tuple[int, bytes]] = Counter()  # (pool, tenant) -> pages that truncations of that batch took for copies
         self.taken: Counter[int] = Counter()  # pool -> pages handed out by the batch that was read last
         self.waiting: dict[int, int] = {}  # prompt in the queue -> its client
+        self.wanted: dict[int, tuple[list[int], list[int]]] = {}  # and its pools, and the stamps at the ends of its pages
         self.pins: dict[int, tuple[int, list[int]]] = {}  # pin -> pool, pages
         self.quotas: dict[tuple[int, bytes | None], int] = {}  # (pool, tenant or everybody else) -> pages
         self.tenants: dict[int, bytes] = {}  # stamp of a page that was ever in an index -> whose it is
@@ -247,7 +248,7 @@ class Model:
         if isinstance(work, Chore):
             worker.chores.remove(work)
             self.copy(worker.name, worker.memory, work)
-            worker.done[work.sequences[0]] = min(work.written, worker.done.get(work.sequences[-1], 0))
+            worker.done[work.sequences[0]] = min(work.written, max(work.known, worker.done.get(work.sequences[-1], 0)))
             return
         worker.works.remove(work)
         self.run(worker.name, worker.memory, work)

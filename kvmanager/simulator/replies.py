@@ -43,10 +43,13 @@ class _Expected:
         self.moving = {move.sequence: handoff for handoff, move in model.moves.items() if move.state != "aborted"}
         self.cut = dict.fromkeys(step.truncate[:, 0].tolist())
         self.over = {handoff for handoff, move in model.moves.items() if move.state == "aborted"}
-        for index, sequence in enumerate(step.close.tolist()):
-            if self._alive("close", index, sequence):
-                del self.open[sequence]
-                self._abort(self.moving.get(sequence, 0))
+        self.places_kept = 0  # what is to be forgotten is closed after everything else
+        for kind, sequences in (("close", step.close.tolist()), ("forget", step.forget.tolist())):
+            for index, sequence in enumerate(sequences):
+                if self._alive(kind, index, sequence):
+                    del self.open[sequence]
+                    self._abort(self.moving.get(sequence, 0))
+                    self.places_kept += kind == "forget"
         for index, handoff in enumerate(step.abort.tolist()):
             over = "wrong_state" if handoff in self.over else None
             self.codes["abort", index] = over if handoff in model.moves else "unknown"
@@ -117,7 +120,7 @@ class _Expected:
     def _opens(self, step: Step) -> None:
         """Forks come before, and how many of those are done is not known here: the last free place may be anybody's."""
         model = self.model
-        left = model.config.sequences_max - len(self.open) - sum(count for _, count in step.fork.tolist())
+        left = model.config.sequences_max - len(self.open) - self.places_kept - sum(count for _, count in step.fork.tolist())
         names = [pool.name for pool in model.config.pools]
         for index, asked in enumerate(step.opens):
             left -= 1
@@ -126,7 +129,7 @@ class _Expected:
             pool = names.index(asked.pool)
             if not self._ready(pool):
                 self.codes["open", index] = "pool_not_ready"
-            elif -(-len(asked.tokens) // PAGE) > model.config.pools[pool].num_pages:
+            elif -(-(len(asked.tokens) + asked.reserve) // PAGE) > model.config.pools[pool].num_pages:
                 self.codes["open", index] = "sequence_too_large"
             elif left >= 0:
                 self.codes["open", index] = None

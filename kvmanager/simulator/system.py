@@ -211,7 +211,9 @@ class System:
 def draw_config(rng: random.Random) -> ManagerConfig:
     """Few pages, so that pools are nearly full all the time; sometimes one that is larger."""
     pools = tuple(
-        PoolConfig(name, rng.choice((5, 8, 12, 12, 40)), page_size=PAGE, workers=rng.choice((1, 1, 2)))
+        PoolConfig(
+            name, rng.choice((5, 8, 12, 12, 40)), page_size=PAGE, workers=rng.choice((1, 1, 2)), partial_match=rng.choice((0, 0, 1, 5))
+        )
         for name in ("A", "B", "C")[: rng.choice((1, 2, 2, 3))]
     )
     return ManagerConfig(

@@ -25,8 +25,8 @@ VOCAB = 512
 class Engine:
     """A manager and one worker in this process: what is asked of the manager is run on real pages at once."""
 
-    def __init__(self, model: LatentModel, num_pages: int = 48) -> None:
-        config = ManagerConfig(pools=(PoolConfig("A", num_pages, page_size=PAGE),))
+    def __init__(self, model: LatentModel, num_pages: int = 48, partial_match: int = 0) -> None:
+        config = ManagerConfig(pools=(PoolConfig("A", num_pages, page_size=PAGE, partial_match=partial_match),))
         self.model, self.kv, self.replica = model, KVManager(config, checked=True), Replica("A")
         self.memory = PageMemory(model.layout(PAGE), num_pages, model.device)
         self.memory.pages.fill_(float("nan"))  # whatever is read without having been written or copied
@@ -160,3 +160,19 @@ def test_conversation_taken_back_goes_on_differently(model: LatentModel, alone: 
     _, cached, logits = engine.prefill(text)
     assert cached == 2 * PAGE
     assert int(logits.argmax()) == alone.generate(text, 1).tokens[0]
+
+
+def test_hit_below_a_page_gives_the_same_text(model: LatentModel, alone: SingleProcess) -> None:
+    """The other prompt turns off inside the first page, and inside the third."""
+    engine, first = Engine(model, partial_match=1), prompt(3 * PAGE, 20)
+    engine.kv.close(engine.prefill(first)[0])
+    copied = 0
+    for common in (9, 2 * PAGE + 5):
+        text = first[:common] + prompt(11, 21)
+        sequence, cached, logits = engine.prefill(text)
+        copied += common % PAGE
+        assert (cached, engine.copied) == (common, copied)
+        words = [int(logits.argmax())]
+        for _ in range(10):
+            words.append(int(engine.decode({sequence: words[-1]})[sequence].argmax()))
+        assert words == alone.generate(text, 11).tokens

@@ -17,9 +17,9 @@ MakeServer = Callable[..., Server]
 Connect = Callable[..., KVClient]
 
 
-def config(*, num_pages: int = 64, heartbeat_ms: int = 20, **more: Any) -> ManagerConfig:
+def config(*, num_pages: int = 64, heartbeat_ms: int = 20, partial_match: int = 0, **more: Any) -> ManagerConfig:
     """Two pools, `main` and `other`, of one worker each."""
-    pools = tuple(PoolConfig(name, num_pages, 16) for name in ("main", "other"))
+    pools = tuple(PoolConfig(name, num_pages, 16, partial_match=partial_match) for name in ("main", "other"))
     return ManagerConfig(pools, heartbeat_ms=heartbeat_ms, lease_ms=60_000, **more)
 
 

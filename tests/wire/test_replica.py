@@ -22,8 +22,8 @@ PAGE = 16
 class Rig:
     """A manager and a worker in each of its two pools, each with a replica that is fed every batch at once unless `deaf`."""
 
-    def __init__(self, num_pages: int = 64) -> None:
-        self.kv = KVManager(config(num_pages=num_pages), clock=lambda: 1000, checked=True)
+    def __init__(self, num_pages: int = 64, partial_match: int = 0) -> None:
+        self.kv = KVManager(config(num_pages=num_pages, partial_match=partial_match), clock=lambda: 1000, checked=True)
         self.log: list[tuple[int, bytes]] = []
         self.digests = {self.kv.state.version: self.kv.state.tables.digest()}
         self.deaf: set[str] = set()

@@ -160,3 +160,30 @@ def test_snapshot_in_place_of_a_copy_leaves_a_hole(rig: Rig) -> None:
     rig.kv.grow(child, PAGE)
     rig.settle()
     assert written(rig, child) <= PAGE
+
+
+def test_prompt_that_copies_part_of_a_page_has_been_written_so_far_once_copied() -> None:
+    """Nothing else to write: the copy alone is a step, and then the sequence may move."""
+    rig = Rig(partial_match=1)
+    rig.open(2 * PAGE)
+    rig.settle()
+    rig.kv.step()
+    replica = rig.replicas["main"]
+    opened = rig.kv.open([*range(PAGE + 5), 7777, 7778], "main")
+    assert opened.cached_tokens == opened.length == PAGE + 5
+    assert replica.copies() is not None and not replica.step
+    handoff = rig.kv.hand_off(opened.sequence, "other")
+    assert not rig.replicas["other"].pulls()
+    rig.settle()
+    assert [pull.handoff for pull in rig.replicas["other"].pulls()] == [handoff]
+
+
+def test_reserved_pages_are_neither_written_nor_pulled(rig: Rig) -> None:
+    opened = rig.kv.open(list(range(PAGE + 4)), "main", reserve=5 * PAGE)
+    assert not rig.replicas["main"].step
+    rig.kv.grow(opened.sequence, PAGE + 4)
+    rig.settle()
+    rig.kv.hand_off(opened.sequence, "other")
+    rig.settle()
+    [pull] = rig.replicas["other"].pulls()
+    assert len(pull.source_pages) == len(pull.target_pages) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmanager import events as ev
-from kvmanager.simulator.books import Turn
+from kvmanager.simulator.books import PAGE, Text, Turn
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import draws, follows
 
@@ -16,9 +16,33 @@ def close(driver: Any) -> dict[str, Any]:
     return {"close": [each for each in driver.model.texts if driver.rng.random() < rate]}
 
 
+@draws
+def forget(driver: Any) -> dict[str, Any]:
+    rate = driver.drawn("forget rate", 0, 0, 0.05)
+    return {"forget": [each for each in driver.model.texts if driver.rng.random() < rate]}
+
+
 @follows(ev.SequenceClosed)
 def closed(model: Model, event: ev.SequenceClosed, turn: Turn) -> None:
     text = model.texts.pop(event.sequence)
     model.let_go(text.pool, text.pages)
+    if event.reason == 3:
+        _forget(model, text)
     if event.reason == 1:
         model.tell(text.owner, "lost", event.sequence, 0)
+
+
+def _forget(model: Model, text: Text) -> None:
+    """From the end of what it had in the index, pages leave that nobody owns or waits for, and nothing continues."""
+    index, owners = model.index[text.pool], model.owners(text.pool)
+    wanted = {stamp for each in model.waiting for stamp in model.wanted[each][1] if text.pool in model.wanted[each][0]}
+    for place in range(len(text.stamps) // PAGE - 1, -1, -1):
+        stamp = text.stamps[(place + 1) * PAGE - 1]
+        page = index.get(stamp, (-1, 0))[0]
+        if page < 0 or place >= len(text.pages):
+            continue
+        if page != text.pages[place] or owners[page] or stamp in wanted or any(above == stamp for _, above in index.values()):
+            break
+        del index[stamp]
+        model.dropped[text.pool][page] = model.version
+        model.seen["forgotten"] += 1

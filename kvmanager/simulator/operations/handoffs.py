@@ -64,6 +64,7 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
         todo = [
             (text.pages[place], page, text.stamps[place * PAGE : min((place + 1) * PAGE, text.length)])
             for place, page in enumerate(fresh, len(shared))
+            if place * PAGE < text.length
         ]
         worker.pulls[event.handoff] = Pull(event.handoff, move.source, sources[rank % len(sources)].memory, todo)
     model.seen["moving_shared"] += bool(shared)

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvmanager import events as ev
 from kvmanager.commands import Open
-from kvmanager.simulator.books import PAGE, Text, Turn, demand
+from kvmanager.simulator.books import PAGE, Chore, Text, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.tenants import check_quota
 from kvmanager.simulator.registry import draws, follows, refused
@@ -35,6 +35,7 @@ def _open(driver: Any) -> Open:
     tenant, extra = rng.choice((b"red", b"blue")), rng.choice((b"",) * 7 + (b"lora",))
     prompt = draw_prompt(driver)
     extras = _extras(driver, len(prompt)) if rng.random() < driver.drawn("opens with extra keys", 0, 0, 0.2, 0.6) else []
+    reserve = rng.choice((0, 0, 1, PAGE, 2 * PAGE)) if driver.drawn("reserves", False, False, True) else 0
     return Open(
         prompt,
         pool,
@@ -46,6 +47,7 @@ def _open(driver: Any) -> Open:
         priority=rng.choice(driver.drawn("priorities", (0,), (-1, 0, 0, 2))),
         waiting=rng.choice([0, *driver.model.waiting]),
         extras=extras,
+        reserve=reserve,
     )
 
 
@@ -82,16 +84,45 @@ def opened(model: Model, event: ev.SequenceOpened, turn: Turn) -> None:
             same = text is not None and text.pool == event.pool and text.stamps[end - 1 : end] == stamps[end - 1 : end]
             demand(not same, f"open {event.sequence}: computes what sequence {other} of the same step computes")
     model.take(event.pool, fresh, f"open {event.sequence}")
+    start = len(cached) * PAGE + _check_copied(model, event, stamps, turn)
     text = Text(event.sequence, turn.client, event.pool, tokens, stamps, len(tokens), event.length, cached + fresh)
     text.tenant = asked.tenant
+    text.reserved = -(-(len(tokens) + asked.reserve) // PAGE) if asked.reserve else 0
     demand(event.sequence not in model.texts, f"sequence id {event.sequence} given twice")
-    demand(len(text.pages) == -(-event.length // PAGE), f"open {event.sequence}: {len(text.pages)} pages for {event.length} tokens")
+    enough = max(-(-event.length // PAGE), text.reserved)
+    demand(len(text.pages) == enough, f"open {event.sequence}: {len(text.pages)} pages for {event.length} tokens")
+    model.seen["reserved"] += text.reserved > 0
     model.texts[event.sequence] = text
     model.seen["cached"] += bool(cached)
     if fresh:
         check_quota(model, event.pool, asked.tenant, f"open {event.sequence}")
-    if event.length > len(cached) * PAGE:
-        turn.starts[event.sequence] = len(cached) * PAGE
+    if event.length > start:
+        turn.starts[event.sequence] = start
+
+
+def _check_copied(model: Model, event: ev.SequenceOpened, stamps: list[int], turn: Turn) -> int:
+    """Tokens that come from the beginning of a page of the index: as many as the best of them agrees with."""
+    copied, full = event.copied, len(event.cached) * PAGE
+    rest = stamps[full : min(full + PAGE, len(stamps) - 1)]
+    pages = [page for page, _ in turn.visible[event.pool].values()]
+    memory: Any = next(iter(model.crew(event.pool))).memory
+    best = 0 if memory is not None else event.copied  # while a log is read again, nobody looks at what is in the pages
+    for page in pages if memory is not None else ():
+        same = [one == other for one, other in zip(memory[page].tolist(), rest, strict=False)]
+        best = max(best, same.index(False) if False in same else len(same))
+    least = model.config.pools[event.pool].partial_match
+    demand(copied == 0 or least <= copied <= best, f"open {event.sequence}: {copied} copied tokens, the best page has {best}")
+    demand(copied == 0 or least, f"open {event.sequence}: {copied} copied tokens in a pool that copies none")
+    if copied:
+        model.seen["matched below a page"] += 1
+        target = int(event.fresh[0])
+        chore = Chore(
+            model.version, (event.sequence,), full + copied, target=target, stamps=stamps[full : full + copied], known=full + copied
+        )
+        turn.chores.append((event.pool, chore))
+    elif least and best >= least:
+        model.seen["not matched below a page"] += 1  # no page was free for it, or the one that agrees is given up in this very step
+    return copied
 
 
 def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: list[int], turn: Turn) -> None:
@@ -103,6 +134,8 @@ def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: l
     model.seen["placed"] += 1
     if config.placement != "prefix" or (asked.wait and config.inflight_wait_ms) or model.quotas:
         return  # what is in flight where is not in these books; and a quota is a reason to go elsewhere
+    if any(pool.partial_match for pool in config.pools):
+        return  # nor is which of the pages that agree for a while was found
 
     def score(pool: int) -> int:
         run = model.indexed_run(turn.visible[pool], stamps, (len(stamps) - 1) // PAGE)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmanager import events as ev
 from kvmanager.commands import Enqueue
-from kvmanager.simulator.books import Turn, demand
+from kvmanager.simulator.books import PAGE, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.opening import draw_prompt
 from kvmanager.simulator.registry import draws, follows
@@ -35,6 +35,11 @@ def enqueued(model: Model, event: ev.PromptEnqueued, turn: Turn) -> None:
     demand(event.waiting not in model.waiting, f"waiting prompt id {event.waiting} given twice")
     demand(event.waiting in turn.reply.get("queued", []), f"waiting prompt {event.waiting} is in no reply")
     model.waiting[event.waiting] = event.client
+    tenant = event.namespace[4 : 4 + int.from_bytes(event.namespace[:2], "little")]
+    stamps = [model.stamps.root(tenant, event.namespace[4 + len(tenant) :])]
+    for token in event.tokens.tolist():
+        stamps.append(model.stamps.after(stamps[-1], token))
+    model.wanted[event.waiting] = event.pools.tolist(), stamps[PAGE:-1:PAGE]
     demand(len(model.waiting) <= model.config.waiting_max, f"{len(model.waiting)} prompts wait")
 
 
