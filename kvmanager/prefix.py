@@ -261,12 +261,7 @@ class PrefixIndex:
     def release(self, node: Node, version: int) -> None:
         """One holder less. Nodes that nobody holds any more stay cached."""
         for each in node.path():
-            each.refs -= 1
-            if each.refs < 0:
-                raise InvariantBroken(f"prefix index: node of page {each.pages[0]} released more often than held")
-            if each.refs == 0:
-                each.last_used = version
-                self.loosen(each)
+            self._drop(each, version)
 
     def shorten(self, node: Node, page_count: int, version: int) -> Node:
         """A holder that ends at `node` lets go of the last `page_count` pages of its path; gives the node where it ends now."""

@@ -141,15 +141,7 @@ class Worker:
             self.send_ack(content)
 
     def send_ack(self, content: AckContent) -> None:
-        self.client.ack(
-            self.worker_id,
-            content.version,
-            ids=content.ids,
-            tokens=content.tokens,
-            pulled=content.pulled,
-            epoch=content.epoch,
-            as_of=content.as_of,
-        )
+        self.client.ack(self.worker_id, **content._asdict())
         self.acked_at = time.monotonic()
 
     def copy(self) -> None:

@@ -60,15 +60,7 @@ class Rig:
 
     def send(self, pool: str, content: AckContent | None) -> None:
         if content is not None:
-            self.kv.ack(
-                self.workers[pool],
-                content.version,
-                ids=content.ids,
-                tokens=content.tokens,
-                pulled=content.pulled,
-                epoch=content.epoch,
-                as_of=content.as_of,
-            )
+            self.kv.ack(self.workers[pool], **content._asdict())
 
     def copy(self, pool: str) -> None:
         """Make the copies that the pool's replica asks for."""
