@@ -28,19 +28,19 @@ import msgpack
 import numpy as np
 import zmq
 
-from kvmanager.apply import apply
 from kvmanager.arrays import as_tokens, bytes_of
-from kvmanager.client import KVClient
-from kvmanager.commands import Open, Step
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.decide import decide
-from kvmanager.draft import Draft
-from kvmanager.events import EventBatch, decode_batch, encode_batch
-from kvmanager.invariants import check_invariants
+from kvmanager.machine.apply import apply
+from kvmanager.machine.commands import Open, Step
+from kvmanager.machine.decide import decide
+from kvmanager.machine.draft import Draft
+from kvmanager.machine.events import EventBatch, decode_batch, encode_batch
+from kvmanager.machine.invariants import check_invariants
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.manager import KVManager
-from kvmanager.replica import Replica
-from kvmanager.server import Server
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.service.client import KVClient
+from kvmanager.service.server import Server
+from kvmanager.worker.replica import Replica
 
 PAGE = 64
 BATCH = 256

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.events import encode_batch
-from kvmanager.history import History, PageWatch
-from kvmanager.journal import FSYNC, Journal
+from kvmanager.log.history import History, PageWatch
+from kvmanager.log.journal import FSYNC, Journal
+from kvmanager.log.recovery import recover
+from kvmanager.machine.events import encode_batch
+from kvmanager.machine.snapshot import snapshot, state_digest
 from kvmanager.manager import KVManager
-from kvmanager.recovery import recover
-from kvmanager.snapshot import snapshot, state_digest
 
 BATCH = 256
 PAGE = 64
@@ -152,9 +152,9 @@ def bench_recovery(folder: Path, num_pages: int, steps: int) -> dict[str, float]
 
 def snapshot_only(bounds: ManagerConfig, where: str) -> float:
     """How long loading the newest segment's snapshot takes without the batches behind it."""
-    from kvmanager.events import decode_batch
-    from kvmanager.journal import Segment, segment_names
-    from kvmanager.snapshot import load_snapshot
+    from kvmanager.log.journal import Segment, segment_names
+    from kvmanager.machine.events import decode_batch
+    from kvmanager.machine.snapshot import load_snapshot
 
     name = segment_names(os.listdir(where))[-1]
     began = time.perf_counter()

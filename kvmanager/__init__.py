@@ -10,16 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvmanager.client import KVClient
-    from kvmanager.commands import Enqueue, Open, Pin
     from kvmanager.config import ManagerConfig, PoolConfig
-    from kvmanager.follower import Follower
+    from kvmanager.machine.commands import Enqueue, Open, Pin
+    from kvmanager.machine.preview import DryRun
+    from kvmanager.machine.state import Notice
     from kvmanager.manager import KVManager, Opened, Pinned, Refused, StepReply
-    from kvmanager.preview import DryRun
-    from kvmanager.replica import Pull, Replica
-    from kvmanager.server import Server
-    from kvmanager.state import Notice
+    from kvmanager.service.client import KVClient
+    from kvmanager.service.server import Server
     from kvmanager.tables import BatchTables
+    from kvmanager.worker.follower import Follower
+    from kvmanager.worker.replica import Pull, Replica
 
 __version__ = "0.1.0"
 
@@ -47,22 +47,22 @@ __all__ = [
 
 _HOME = {
     "BatchTables": "tables",
-    "DryRun": "preview",
-    "Enqueue": "commands",
-    "Follower": "follower",
-    "KVClient": "client",
+    "DryRun": "machine.preview",
+    "Enqueue": "machine.commands",
+    "Follower": "worker.follower",
+    "KVClient": "service.client",
     "KVManager": "manager",
     "ManagerConfig": "config",
-    "Notice": "state",
-    "Open": "commands",
+    "Notice": "machine.state",
+    "Open": "machine.commands",
     "Opened": "manager",
-    "Pin": "commands",
+    "Pin": "machine.commands",
     "Pinned": "manager",
     "PoolConfig": "config",
-    "Pull": "replica",
+    "Pull": "worker.replica",
     "Refused": "manager",
-    "Replica": "replica",
-    "Server": "server",
+    "Replica": "worker.replica",
+    "Server": "service.server",
     "StepReply": "manager",
 }
 

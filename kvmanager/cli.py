@@ -17,14 +17,14 @@ from typing import Any
 import click
 
 from kvmanager import __version__
-from kvmanager.client import KVClient
 from kvmanager.config import ManagerConfig, config_from_mapping
 from kvmanager.errors import InvalidValue, KVError
-from kvmanager.inspect_journal import inspect
-from kvmanager.journal import FSYNC, Journal
+from kvmanager.log.inspect_journal import inspect
+from kvmanager.log.journal import FSYNC, Journal
 from kvmanager.manager import KVManager
 from kvmanager.replay.command import replay
-from kvmanager.server import Server
+from kvmanager.service.client import KVClient
+from kvmanager.service.server import Server
 from kvmanager.simulator.command import simulate
 
 __all__ = ["default_address", "load_config", "main"]

@@ -16,9 +16,13 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from kvmanager.apply import apply
-from kvmanager.clients import EMBEDDED, is_overdue
-from kvmanager.commands import (
+from kvmanager.config import ManagerConfig
+from kvmanager.errors import Internal, InvariantBroken, JournalFailed, KVError, error_from_wire
+from kvmanager.log.journal import Journal, fingerprint
+from kvmanager.log.recovery import LogTail, Recovered, batches_since, recover
+from kvmanager.machine.apply import apply
+from kvmanager.machine.clients import EMBEDDED, is_overdue
+from kvmanager.machine.commands import (
     Ack,
     Command,
     Enqueue,
@@ -34,20 +38,16 @@ from kvmanager.commands import (
     as_tokens,
     command_to_wire,
 )
-from kvmanager.config import ManagerConfig
-from kvmanager.decide import decide, stale_number
-from kvmanager.errors import Internal, InvariantBroken, JournalFailed, KVError, error_from_wire
-from kvmanager.events import EventBatch, PoolAdded, QuotaSet, decode_batch, encode_batch, same_batch
-from kvmanager.explain import Explanation
-from kvmanager.handoff import HandoffState
-from kvmanager.invariants import check_invariants
-from kvmanager.journal import Journal, fingerprint
-from kvmanager.lives import begin_life
-from kvmanager.preview import DryRun, read_dry_run
-from kvmanager.queries import answer
-from kvmanager.recovery import LogTail, Recovered, batches_since, recover
-from kvmanager.snapshot import snapshot
-from kvmanager.state import Notice, State
+from kvmanager.machine.decide import decide, stale_number
+from kvmanager.machine.events import EventBatch, PoolAdded, QuotaSet, decode_batch, encode_batch, same_batch
+from kvmanager.machine.explain import Explanation
+from kvmanager.machine.invariants import check_invariants
+from kvmanager.machine.lives import begin_life
+from kvmanager.machine.preview import DryRun, read_dry_run
+from kvmanager.machine.queries import answer
+from kvmanager.machine.snapshot import snapshot
+from kvmanager.machine.state import Notice, State
+from kvmanager.pages.handoff import HandoffState
 
 __all__ = ["KVManager", "Opened", "Pinned", "Refused", "StepReply", "Surface", "Victim", "new_state"]
 
@@ -143,7 +143,7 @@ class Surface:
         raise NotImplementedError
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a query (see kvmanager.queries), or the KVError that the manager answered. Nothing changes, nothing is logged."""
+        """The answer to a query (see kvmanager.machine.queries), or the KVError that the manager answered. Nothing changes, nothing is logged."""
         raise NotImplementedError
 
     def _run(self, command: Command) -> dict[str, Any]:
@@ -400,7 +400,7 @@ class Surface:
         group: str = "",
         extras: Sequence[tuple[bytes, int, int]] = (),
     ) -> list[Explanation]:
-        """Why no more of a prompt is found in the cache of a pool, or of each pool of a group. See `kvmanager.explain` for the reasons.
+        """Why no more of a prompt is found in the cache of a pool, or of each pool of a group. See `kvmanager.machine.explain` for the reasons.
 
         Raises InvalidValue, Unknown (pool, group).
         """

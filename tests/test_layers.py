@@ -15,43 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 STDLIB = sys.stdlib_module_names
 
 # The state machine: given the same commands it makes the same events in every process, so it sees no socket, clock, file or thread.
-STATE_MACHINE = {
-    f"kvmanager.{name}"
-    for name in (
-        "errors",
-        "tables",
-        "config",
-        "commands",
-        "events",
-        "pool",
-        "prefix",
-        "eviction",
-        "queue_hint",
-        "waiting",
-        "pins",
-        "accounts",
-        "tenants",
-        "sequences",
-        "handoff",
-        "state",
-        "draft",
-        "decide",
-        "apply",
-        "snapshot",
-        "invariants",
-        "lives",
-        "clients",
-        "queries",
-        "admission",
-        "placement",
-        "inflight",
-        "explain",
-        "remnants",
-        "arrivals",
-        "victims",
-        "preview",
-    )
-}
+STATE_MACHINE = ("kvmanager.machine", "kvmanager.pages")
+# Inside the control plane each folder may import those before it, and what stands beside them all.
+FOLDERS = ("pages", "machine", "log", "service", "worker", "simulator", "replay")
+BESIDE = {"pages": (), "machine": (), "log": (), "service": ("manager",), "worker": ("manager",)}  # of the programs at the top
 OUTSIDE_WORLD = {
     *("asyncio", "concurrent", "multiprocessing", "select", "selectors", "signal", "socket", "socketserver", "ssl", "subprocess"),
     *("threading", "_thread", "queue", "zmq"),
@@ -126,8 +93,8 @@ def each_import(modules: dict[str, Path]) -> Iterator[tuple[str, Import]]:
     [
         ("import torch.cuda as c", [("torch.cuda", False)]),
         ("from kvmanager import attention, errors", [("kvmanager.attention", False), ("kvmanager.errors", False)]),
-        ("from . import pool", [("kvmanager.pool", False)]),
-        ("from .pool import Pool", [("kvmanager.pool.Pool", False)]),
+        ("from . import pool", [("kvmanager.machine.pool", False)]),
+        ("from .pool import Pool", [("kvmanager.machine.pool.Pool", False)]),
         ("def f():\n    import torch", [("torch", True)]),
         ("if TYPE_CHECKING:\n    from torch import Tensor", [("torch.Tensor", False)]),
         ("class A:\n    import torch", [("torch", False)]),
@@ -136,7 +103,7 @@ def each_import(modules: dict[str, Path]) -> Iterator[tuple[str, Import]]:
     ],
 )
 def test_the_reader_of_imports_misses_none(source: str, expected: list[tuple[str, bool]]) -> None:
-    assert [(found.name, found.lazy) for found in imports_of(source, "kvmanager.apply")] == expected
+    assert [(found.name, found.lazy) for found in imports_of(source, "kvmanager.machine.apply")] == expected
 
 
 def test_kernels_import_only_torch_and_triton() -> None:
@@ -187,9 +154,9 @@ def module_homes(found: Import) -> set[str]:
 
 
 def state_machine_modules() -> dict[str, Path]:
-    """The modules named above that exist, and whatever of kvmanager they import, and so on."""
+    """The modules of the folders named above, and whatever of kvmanager they import, and so on."""
     reached: dict[str, Path] = {}
-    waiting = sorted(STATE_MACHINE & CONTROL_PLANE.keys())
+    waiting = sorted(module for module in CONTROL_PLANE if under(module, *STATE_MACHINE))
     while waiting:
         module = waiting.pop()
         reached[module] = CONTROL_PLANE[module]
@@ -199,8 +166,20 @@ def state_machine_modules() -> dict[str, Path]:
 
 
 def test_state_machine_modules_are_where_this_test_looks() -> None:
-    if "kvmanager.decide" in CONTROL_PLANE:
-        assert len(STATE_MACHINE & CONTROL_PLANE.keys()) >= 8
+    assert {"kvmanager.machine.decide", "kvmanager.machine.apply", "kvmanager.pages.pool"} <= state_machine_modules().keys()
+
+
+def test_folders_of_the_control_plane_import_downwards_only() -> None:
+    """pages, machine, log, service, worker: none knows those after it, nor the programs that put them together."""
+    wrong = []
+    for place, folder in enumerate(FOLDERS[:5]):
+        below = ("errors", "config", "arrays", "tables", *BESIDE[folder], *FOLDERS[: place + 1])
+        modules = {module: path for module, path in CONTROL_PLANE.items() if under(module, f"kvmanager.{folder}")}
+        assert modules
+        for text, found in each_import(modules):
+            if under(found.name, "kvmanager") and not under(found.name, *(f"kvmanager.{name}" for name in below)):
+                wrong.append(text)
+    assert not wrong, "\n".join(wrong)
 
 
 def test_state_machine_knows_no_socket_clock_file_or_thread() -> None:

@@ -23,7 +23,7 @@ from kvmanager.attention import MLABackend, PageMemory, PeerMemory
 from kvmanager.errors import Fenced, KVError, StaleEpoch, StaleStep
 from kvmanager.examples.engine.channel import WorkerChannel
 from kvmanager.examples.engine.model import LatentModel
-from kvmanager.replica import AckContent
+from kvmanager.worker.replica import AckContent
 
 __all__ = ["EXIT_FENCED", "Worker", "main"]
 

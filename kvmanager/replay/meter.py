@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvmanager.commands import Enqueue, Open
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.events import EventBatch, PagesEvicted
+from kvmanager.machine.commands import Enqueue, Open
+from kvmanager.machine.events import EventBatch, PagesEvicted
 from kvmanager.manager import KVManager, StepReply
 from kvmanager.replay.traces import TOKENS_MAX
 

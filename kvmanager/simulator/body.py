@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvmanager import wire
-from kvmanager.commands import Ack, Join, command_to_wire
 from kvmanager.errors import Fenced, JournalFailed, KVError, ReplicaGap, StaleEpoch, StaleStep
-from kvmanager.lives import first_version
-from kvmanager.replica import AckContent, Pull, Replica
+from kvmanager.machine.commands import Ack, Join, command_to_wire
+from kvmanager.machine.lives import first_version
+from kvmanager.service import wire
 from kvmanager.simulator.books import Broken, Chore, Work, Worker, demand
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.world import Network, World
+from kvmanager.worker.replica import AckContent, Pull, Replica
 
 __all__ = ["Body"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvmanager.commands import Command, Open
+from kvmanager.machine.commands import Command, Open
 
 __all__ = ["PAGE", "Broken", "Chore", "Move", "Pull", "Stamps", "Text", "Turn", "Work", "Worker", "demand"]
 

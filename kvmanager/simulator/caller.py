@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from kvmanager import wire
 from kvmanager.errors import KVError
+from kvmanager.service import wire
 from kvmanager.simulator.world import Network, World
 
 __all__ = ["Caller"]

@@ -14,22 +14,22 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from kvmanager import events as ev
-from kvmanager.apply import apply
-from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone, command_to_wire
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.decide import decide
 from kvmanager.errors import KVError
-from kvmanager.events import decode_batch, encode_batch
+from kvmanager.machine import events as ev
+from kvmanager.machine.apply import apply
+from kvmanager.machine.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone, command_to_wire
+from kvmanager.machine.decide import decide
+from kvmanager.machine.events import decode_batch, encode_batch
+from kvmanager.machine.preview import answer_dry_run
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.machine.state import State
 from kvmanager.manager import KVManager, new_state
-from kvmanager.preview import answer_dry_run
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import ACTIONS, DRAWS, HEALERS
 from kvmanager.simulator.replies import check_refusals, check_reply
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
-from kvmanager.state import State
 
 __all__ = ["Driver", "live_through"]
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import msgpack
 
-from kvmanager import wire
-from kvmanager.commands import Command, Tick, command_from_wire
 from kvmanager.config import ManagerConfig
 from kvmanager.errors import JournalCorrupt, JournalFailed, KVError
-from kvmanager.events import EventBatch
-from kvmanager.files import MemoryFiles, Stopped
-from kvmanager.journal import Journal, Segment, segment_names
+from kvmanager.log.files import MemoryFiles, Stopped
+from kvmanager.log.journal import Journal, Segment, segment_names
+from kvmanager.machine.commands import Command, Tick, command_from_wire
+from kvmanager.machine.events import EventBatch
+from kvmanager.machine.queries import is_query
 from kvmanager.manager import KVManager
-from kvmanager.queries import is_query
+from kvmanager.service import wire
 from kvmanager.simulator.books import Broken, demand
 from kvmanager.simulator.watch import Watch
 from kvmanager.simulator.world import Network, World

@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvmanager import events as ev
 from kvmanager.config import ManagerConfig
+from kvmanager.machine import events as ev
+from kvmanager.machine.state import State
 from kvmanager.simulator import books
 from kvmanager.simulator.books import PAGE, Broken, Chore, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
 from kvmanager.simulator.registry import FOLLOWERS
-from kvmanager.state import State
 
 __all__ = ["Model"]
 

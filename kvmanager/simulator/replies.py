@@ -6,7 +6,7 @@ have been evicted does not; but a pool that surely has free pages must not refus
 
 from __future__ import annotations
 
-from kvmanager.commands import Step
+from kvmanager.machine.commands import Step
 from kvmanager.simulator.books import PAGE, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import REFUSALS

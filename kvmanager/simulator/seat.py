@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvmanager.commands import Command, Step, command_to_wire
 from kvmanager.errors import KVError, StaleEpoch
+from kvmanager.machine.commands import Command, Step, command_to_wire
 from kvmanager.simulator.books import PAGE, Move, Text
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.model import Model

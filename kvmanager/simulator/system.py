@@ -12,10 +12,11 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
-from kvmanager.commands import WorkerGone, command_to_wire
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import KVError
-from kvmanager.events import EventBatch, WorkerJoined
+from kvmanager.machine.commands import WorkerGone, command_to_wire
+from kvmanager.machine.events import EventBatch, WorkerJoined
+from kvmanager.machine.snapshot import state_digest
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.body import Body
 from kvmanager.simulator.books import PAGE, Broken
@@ -26,7 +27,6 @@ from kvmanager.simulator.model import Model
 from kvmanager.simulator.seat import Seat, draw_documents
 from kvmanager.simulator.watch import Watch
 from kvmanager.simulator.world import Network, World
-from kvmanager.snapshot import state_digest
 
 __all__ = ["System"]
 

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 
 import msgpack
 
-from kvmanager import events as ev
-from kvmanager.apply import apply
-from kvmanager.commands import Command, Step
-from kvmanager.events import EventBatch, decode_batch, encode_batch
-from kvmanager.invariants import check_invariants
+from kvmanager.machine import events as ev
+from kvmanager.machine.apply import apply
+from kvmanager.machine.commands import Command, Step
+from kvmanager.machine.events import EventBatch, decode_batch, encode_batch
+from kvmanager.machine.invariants import check_invariants
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.machine.state import State
 from kvmanager.manager import KVManager
 from kvmanager.simulator.books import Broken, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.replies import check_refusals, check_reply
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
-from kvmanager.state import State
 
 __all__ = ["Watch"]
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import kvmanager
-from kvmanager.client import KVClient
-from kvmanager.follower import Follower
-from kvmanager.replica import Replica
+from kvmanager.service.client import KVClient
+from kvmanager.worker.follower import Follower
+from kvmanager.worker.replica import Replica
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "kvmanager.cli"]

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvmanager.client import KVClient
-from kvmanager.commands import Open
 from kvmanager.errors import JournalFailed, ManagerUnreachable, OutOfPages, PrefixPending
-from kvmanager.events import decode_batch
-from kvmanager.files import MemoryFiles
-from kvmanager.follower import Follower
-from kvmanager.invariants import check_invariants
-from kvmanager.journal import Journal
+from kvmanager.log.files import MemoryFiles
+from kvmanager.log.journal import Journal
+from kvmanager.machine.commands import Open
+from kvmanager.machine.events import decode_batch
+from kvmanager.machine.invariants import check_invariants
+from kvmanager.machine.snapshot import load_snapshot
 from kvmanager.manager import KVManager
-from kvmanager.replica import Replica
-from kvmanager.server import Server
-from kvmanager.snapshot import load_snapshot
+from kvmanager.service.client import KVClient
+from kvmanager.service.server import Server
+from kvmanager.worker.follower import Follower
+from kvmanager.worker.replica import Replica
 from tests.cli.test_cli import COMMAND, ROOT, Serving, at
 from tests.control.journaled import CONFIG
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvmanager.cli import main
-from kvmanager.pool import Pool
+from kvmanager.pages.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvmanager.client import KVClient
-from kvmanager.commands import Tick
 from kvmanager.config import ManagerConfig
-from kvmanager.events import decode_batch
+from kvmanager.machine.commands import Tick
+from kvmanager.machine.events import decode_batch
+from kvmanager.machine.snapshot import load_snapshot
+from kvmanager.machine.state import State
 from kvmanager.manager import KVManager, Opened, Surface
-from kvmanager.pool import PoolCounts
-from kvmanager.server import Server
-from kvmanager.snapshot import load_snapshot
-from kvmanager.state import State
+from kvmanager.pages.pool import PoolCounts
+from kvmanager.service.client import KVClient
+from kvmanager.service.server import Server
 
 MakeManager = Callable[..., Surface]
 

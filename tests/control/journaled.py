@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import KVError
-from kvmanager.files import MemoryFiles
-from kvmanager.journal import Journal
+from kvmanager.log.files import MemoryFiles
+from kvmanager.log.journal import Journal
+from kvmanager.machine.commands import Open
+from kvmanager.machine.snapshot import state_digest
 from kvmanager.manager import KVManager
-from kvmanager.snapshot import state_digest
 
 CONFIG = ManagerConfig((PoolConfig("main", 24, 16), PoolConfig("other", 12, 16)), lease_ms=60_000, sequences_max=16)
 

@@ -8,14 +8,14 @@ import msgpack
 import numpy as np
 import pytest
 
-from kvmanager.clients import NOTICES_MAX, tell
-from kvmanager.commands import Command, Open, Step, Tick
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, TooMany
-from kvmanager.files import MemoryFiles
+from kvmanager.log.files import MemoryFiles
+from kvmanager.machine.clients import NOTICES_MAX, tell
+from kvmanager.machine.commands import Command, Open, Step, Tick
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.machine.state import Client, Notice
 from kvmanager.manager import KVManager
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
-from kvmanager.state import Client, Notice
 from tests.control.journaled import Life
 
 CONFIG = ManagerConfig(

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmanager.commands import Open, Step
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import BadMessage, InvalidValue, OutOfPages, PoolNotReady, PrefixPending, SequenceTooLarge, Unknown
-from kvmanager.events import PagesEvicted
+from kvmanager.machine.commands import Open, Step
+from kvmanager.machine.events import PagesEvicted
 from kvmanager.manager import KVManager
 from tests.control.conftest import Clock, Rig, tokens
 

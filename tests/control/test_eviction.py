@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmanager import Enqueue, KVManager, ManagerConfig, Open, PoolConfig
-from kvmanager import events as ev
 from kvmanager.errors import InvalidValue, KVError, OutOfPages, TooMany, Unknown
-from kvmanager.eviction import PRIORITY_MAX, PRIORITY_MIN
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.machine import events as ev
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.pages.eviction import PRIORITY_MAX, PRIORITY_MIN
 from tests.control.conftest import Rig
 
 PAGE = 16

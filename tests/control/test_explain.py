@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, Unknown
-from kvmanager.events import PagesEvicted
-from kvmanager.explain import Explanation
+from kvmanager.machine.events import PagesEvicted
+from kvmanager.machine.explain import Explanation
 from kvmanager.manager import KVManager
-from kvmanager.prefix import PrefixIndex
+from kvmanager.pages.prefix import PrefixIndex
 from tests.control.conftest import Clock, Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, TooMany
-from kvmanager.extras import describe
+from kvmanager.machine.commands import Open
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.manager import KVManager
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.pages.extras import describe
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmanager import events as ev
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages, TooMany, Unknown, WrongState
-from kvmanager.events import decode_batch, encode_batch
+from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Open
+from kvmanager.machine.events import decode_batch, encode_batch
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.manager import KVManager
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from kvmanager import events as ev
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import LayoutMismatch, OutOfPages, SequenceTooLarge, Unknown, WrongState
+from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Open
 from kvmanager.manager import KVManager
 from tests.control.conftest import Clock, Rig, tokens
 
@@ -429,8 +429,8 @@ def test_unwritten_sequence_moves_without_a_page(make_rig: MakeRig) -> None:
 
 
 def test_snapshot_in_the_middle_of_an_empty_move_continues_identically() -> None:
-    from kvmanager.apply import apply
-    from kvmanager.snapshot import load_snapshot, snapshot, state_digest
+    from kvmanager.machine.apply import apply
+    from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 
     manager = KVManager(two_pools(), clock=Clock(), checked=True)
     rig = Rig(manager, manager.config, Clock())

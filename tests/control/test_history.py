@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 
 from kvmanager.cli import main
 from kvmanager.errors import InvalidValue, JournalCorrupt
-from kvmanager.files import MemoryFiles
-from kvmanager.history import History, PageWatch, SequenceWatch
-from kvmanager.journal import Journal
+from kvmanager.log.files import MemoryFiles
+from kvmanager.log.history import History, PageWatch, SequenceWatch
+from kvmanager.log.journal import Journal
+from kvmanager.machine.snapshot import state_digest
 from kvmanager.manager import KVManager
-from kvmanager.snapshot import state_digest
 from tests.control.journaled import CONFIG, Life
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, PrefixPending
-from kvmanager.inflight import pages_agreeing
+from kvmanager.machine.commands import Open
+from kvmanager.pages.inflight import pages_agreeing
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

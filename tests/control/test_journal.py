@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmanager.errors import InvalidValue, JournalCorrupt, JournalFailed
-from kvmanager.files import Files, MemoryFiles, Stopped
-from kvmanager.journal import Journal, Segment
+from kvmanager.log.files import Files, MemoryFiles, Stopped
+from kvmanager.log.journal import Journal, Segment
+from kvmanager.log.recovery import replay
+from kvmanager.machine.snapshot import state_digest
 from kvmanager.manager import KVManager
-from kvmanager.recovery import replay
-from kvmanager.snapshot import state_digest
 from tests.control.journaled import CONFIG, Life, reborn
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import Fenced, OutOfPages, PoolNotReady, SequenceTooLarge, Unknown
+from kvmanager.machine.commands import Open
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]
@@ -208,7 +208,7 @@ def test_pages_given_back_by_a_closing_item_serve_a_later_step_not_the_same(make
 
 def test_steady_decode_step_is_a_few_tens_of_bytes() -> None:
     """DESIGN.md, "on the wire": nobody crosses a page, so the log says only that the last growth happened again."""
-    from kvmanager import events as ev
+    from kvmanager.machine import events as ev
     from kvmanager.manager import KVManager
 
     manager = KVManager(one_pool(num_pages=512), checked=True)

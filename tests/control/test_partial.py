@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmanager import events as ev
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue
+from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Open
 from kvmanager.manager import KVManager
-from kvmanager.neighbours import Neighbours, agreement
-from kvmanager.prefix import Node
+from kvmanager.pages.neighbours import Neighbours, agreement
+from kvmanager.pages.prefix import Node
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from kvmanager.commands import Open, command_from_wire, command_to_wire
-from kvmanager.commands import Step as StepCommand
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages, PoolNotReady, SequenceTooLarge, Unknown
+from kvmanager.machine.commands import Open, command_from_wire, command_to_wire
+from kvmanager.machine.commands import Step as StepCommand
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

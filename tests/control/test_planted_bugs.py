@@ -11,19 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvmanager import admission as admission_module
-from kvmanager import apply as apply_module
-from kvmanager import decide as decide_module
-from kvmanager import events as ev
-from kvmanager import forks, pins, tenants, truncation
 from kvmanager import simulator as simulation
-from kvmanager.draft import Draft, PoolDraft
-from kvmanager.eviction import EvictionOrder
-from kvmanager.handoff import HandoffState
-from kvmanager.pool import Pages, Pool
-from kvmanager.prefix import Node, PrefixIndex
-from kvmanager.queue_hint import WaitingQueue
-from kvmanager.state import NEVER, State
+from kvmanager.machine import admission as admission_module
+from kvmanager.machine import apply as apply_module
+from kvmanager.machine import clients, forks, owners, pins, restore, tenants, truncation
+from kvmanager.machine import decide as decide_module
+from kvmanager.machine import events as ev
+from kvmanager.machine import handoffs as handoffs_module
+from kvmanager.machine import publishing as publishing_module
+from kvmanager.machine import workers as workers_module
+from kvmanager.machine.draft import Draft, PoolDraft
+from kvmanager.machine.state import NEVER, State
+from kvmanager.pages.eviction import EvictionOrder
+from kvmanager.pages.handoff import HandoffState
+from kvmanager.pages.pool import Pages, Pool
+from kvmanager.pages.prefix import Node, PrefixIndex
+from kvmanager.pages.queue_hint import WaitingQueue
 
 SEEDS, STEPS = 30, 400
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -141,13 +144,13 @@ def index_kept_when_memory_is_lost(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def source_pages_let_go_at_the_abort(patch: pytest.MonkeyPatch) -> None:
-    honest = apply_module._handoff_aborted
+    honest = handoffs_module.apply_aborted
 
     def aborted(state: State, event: ev.HandoffAborted) -> None:
         honest(state, event)
         handoff = state.handoffs.get(event.handoff)
         if handoff is not None:
-            apply_module._let_go(
+            owners.let_go(
                 state, state.pools[handoff.source], handoff.namespace, handoff.source_pages, handoff.source_indexed, handoff.source_node
             )
             handoff.source_pages, handoff.source_indexed, handoff.source_node = [], 0, None
@@ -157,7 +160,7 @@ def source_pages_let_go_at_the_abort(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def target_pages_of_an_abort_not_held(patch: pytest.MonkeyPatch) -> None:
-    honest = apply_module._handoff_aborted
+    honest = handoffs_module.apply_aborted
 
     def aborted(state: State, event: ev.HandoffAborted) -> None:
         pool = state.pools[state.handoffs[event.handoff].target]
@@ -176,7 +179,7 @@ def resident_after_the_first_pull(patch: pytest.MonkeyPatch) -> None:
         if handoff is not None and handoff.state is HandoffState.MOVING and handoff.target == pool:
             draft.events += [ev.HandoffPulled(handoff_id, worker), ev.HandoffResident(handoff_id)]
 
-    patch.setattr(decide_module, "_pulled", pulled)
+    patch.setattr(workers_module, "pulled", pulled)
 
 
 @plant
@@ -188,29 +191,30 @@ def late_pull_of_an_aborted_handoff_counts(patch: pytest.MonkeyPatch) -> None:
             if all(each in handoff.pulled or each == worker for each in draft.live_workers(pool)):
                 draft.events.append(ev.HandoffResident(handoff_id))
 
-    patch.setattr(decide_module, "_pulled", pulled)
+    patch.setattr(workers_module, "pulled", pulled)
 
 
 @plant
 def sealed_while_it_grows(patch: pytest.MonkeyPatch) -> None:
-    honest = decide_module._settle_handoffs
+    honest = decide_module.settle_handoffs
 
     def settle(draft: Draft) -> None:
         draft.grown.clear()
         honest(draft)
 
-    patch.setattr(decide_module, "_settle_handoffs", settle)
+    patch.setattr(decide_module, "settle_handoffs", settle)
 
 
 @plant
 def handoff_aborted_twice_when_both_pools_are_lost(patch: pytest.MonkeyPatch) -> None:
-    honest = decide_module._lose_pool
+    honest = workers_module.lose_pool
 
     def lose(draft: Draft, pool: int, reason: str) -> list[int]:
         draft.aborted.clear()
         return honest(draft, pool, reason)
 
-    patch.setattr(decide_module, "_lose_pool", lose)
+    patch.setattr(workers_module, "lose_pool", lose)
+    patch.setattr(decide_module, "lose_pool", lose)
 
 
 @plant
@@ -226,15 +230,15 @@ def repeated_request_executed_again(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def notice_delivered_again(patch: pytest.MonkeyPatch) -> None:
-    honest = apply_module._client_answered
+    honest = clients.apply_answered
     patch.setitem(apply_module._APPLY, ev.ClientAnswered, lambda state, event: honest(state, event._replace(notices=0)))
 
 
 @plant
 def snapshot_forgets_who_was_used_last(patch: pytest.MonkeyPatch) -> None:
-    honest = apply_module._RESTORE[ev.LruRestored]
+    honest = restore.RESTORE[ev.LruRestored]
     patch.setitem(
-        apply_module._RESTORE,
+        restore.RESTORE,
         ev.LruRestored,
         lambda state, event, restoring: honest(state, event._replace(nodes=event.nodes[::-1]), restoring),
     )
@@ -242,9 +246,9 @@ def snapshot_forgets_who_was_used_last(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def snapshot_forgets_pulled(patch: pytest.MonkeyPatch) -> None:
-    honest = apply_module._RESTORE[ev.HandoffRestored]
+    honest = restore.RESTORE[ev.HandoffRestored]
     patch.setitem(
-        apply_module._RESTORE,
+        restore.RESTORE,
         ev.HandoffRestored,
         lambda state, event, restoring: honest(state, event._replace(pulled=event.pulled[:0]), restoring),
     )
@@ -252,7 +256,7 @@ def snapshot_forgets_pulled(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def late_ack_counts_for_what_was_written_over(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decide_module, "believed", lambda sequence, tokens, as_of: tokens)
+    patch.setattr(workers_module, "believed", lambda sequence, tokens, as_of: tokens)
 
 
 @plant
@@ -291,7 +295,7 @@ def fork_shares_the_last_page_instead_of_copying(patch: pytest.MonkeyPatch) -> N
 
 @plant
 def kin_not_published(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decide_module, "publish_kin", lambda *args: None)
+    patch.setattr(publishing_module, "publish_kin", lambda *args: None)
 
 
 @plant

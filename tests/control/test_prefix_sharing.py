@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.prefix import PrefixIndex
+from kvmanager.machine.commands import Open
+from kvmanager.pages.prefix import PrefixIndex
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

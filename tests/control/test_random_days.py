@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-from kvmanager.apply import apply
-from kvmanager.events import decode_batch
+from kvmanager.machine.apply import apply
+from kvmanager.machine.events import decode_batch
+from kvmanager.machine.snapshot import state_digest
 from kvmanager.manager import new_state
 from kvmanager.simulator import Driver, live_through
-from kvmanager.snapshot import state_digest
 
 SEEDS = range(100, 130)
 STEPS = 500

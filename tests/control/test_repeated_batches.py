@@ -8,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvmanager import events as ev
-from kvmanager.commands import Open
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages, Unknown
-from kvmanager.events import EventBatch, decode_batch, encode_batch, same_batch
+from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Open
+from kvmanager.machine.events import EventBatch, decode_batch, encode_batch, same_batch
+from kvmanager.machine.snapshot import load_snapshot, state_digest
 from kvmanager.manager import KVManager
-from kvmanager.replica import Replica
-from kvmanager.snapshot import load_snapshot, state_digest
+from kvmanager.worker.replica import Replica
 from tests.control.conftest import Rig, tokens
 
 CONFIG = ManagerConfig(pools=(PoolConfig("A", 64, page_size=16), PoolConfig("B", 64, page_size=8)))
@@ -157,7 +157,7 @@ def test_lengths_tables_and_replica_agree_with_counting(seed: int) -> None:
     replica.load(kv.tables_snapshot())
 
     def follow(batch: EventBatch, data: bytes) -> None:
-        from kvmanager.apply import apply
+        from kvmanager.machine.apply import apply
 
         apply(follower, decode_batch(data))
         replica.feed(data)

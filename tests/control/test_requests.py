@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgpack
 import pytest
 
-from kvmanager import decide as decide_module
-from kvmanager.commands import Ack, Join, Open, Step, Tick, WorkerGone
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import BadMessage, Internal, KVError
+from kvmanager.machine import decide as decide_module
+from kvmanager.machine.commands import Ack, Join, Open, Step, Tick, WorkerGone
+from kvmanager.machine.snapshot import state_digest
 from kvmanager.manager import KVManager
-from kvmanager.snapshot import state_digest
 from tests.control.conftest import tokens
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmanager.commands import Open, Step
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages, SequenceTooLarge, Unknown
+from kvmanager.machine.commands import Open, Step
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmanager.client import KVClient
-from kvmanager.commands import Ack, Open, Step
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import Fenced, InvalidValue, JournalMismatch, OutOfPages, ReplicaGap, StaleEpoch
-from kvmanager.events import decode_batch, encode_batch
-from kvmanager.files import MemoryFiles
-from kvmanager.lives import LIVES_MAX
+from kvmanager.log.files import MemoryFiles
+from kvmanager.machine.commands import Ack, Open, Step
+from kvmanager.machine.events import decode_batch, encode_batch
+from kvmanager.machine.lives import LIVES_MAX
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.manager import KVManager
-from kvmanager.replica import Replica
-from kvmanager.server import Server
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.service.client import KVClient
+from kvmanager.service.server import Server
+from kvmanager.worker.replica import Replica
 from tests.control.journaled import CONFIG, Life, reborn
 
 PROMPT = np.arange(40, dtype=np.int32)

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from kvmanager import decide as decide_module
-from kvmanager import lives
 from kvmanager import manager as manager_module
-from kvmanager.draft import Draft
-from kvmanager.journal import Journal, Segment
-from kvmanager.pool import Pool
-from kvmanager.replica import AckContent, Replica
+from kvmanager.log.journal import Journal, Segment
+from kvmanager.machine import decide as decide_module
+from kvmanager.machine import lives
+from kvmanager.machine import publishing as publishing_module
+from kvmanager.machine.draft import Draft
+from kvmanager.pages.pool import Pool
 from kvmanager.simulator.hunt import Outcome, live
+from kvmanager.worker.replica import AckContent, Replica
 from tests.control.test_planted_bugs import PLANTS as STATE_MACHINE_PLANTS
 
 SEEDS, STEPS = 40, 1500
@@ -162,7 +163,7 @@ def pull_in_progress_not_waited_for(patch: pytest.MonkeyPatch) -> None:
 @plant
 def published_pages_not_swapped(patch: pytest.MonkeyPatch) -> None:
     """The replica goes on with the copy that is to be freed."""
-    from kvmanager import replica as replica_module
+    from kvmanager.worker import replica as replica_module
 
     patch.setitem(replica_module._HANDLERS, replica_module.ev.PagesPublished, lambda self, event: None)
 
@@ -187,7 +188,7 @@ def late_copy_of_an_older_request_carried_out(patch: pytest.MonkeyPatch) -> None
 @plant
 def quarantine_that_never_ends(patch: pytest.MonkeyPatch) -> None:
     """Nobody gets a wrong answer, and no page ever comes home."""
-    patch.setattr(decide_module, "_release", lambda *args: None)
+    patch.setattr(publishing_module, "_release", lambda *args: None)
 
 
 def find(name: str, steps_max: int = SEEDS * STEPS) -> tuple[int, Outcome | None]:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmanager import KVManager, ManagerConfig, Open, PoolConfig
-from kvmanager.commands import Flush, SetQuota
 from kvmanager.errors import InvalidValue, KVError, OutOfPages, OverQuota, TooMany, Unknown
-from kvmanager.snapshot import load_snapshot, snapshot, state_digest
+from kvmanager.machine.commands import Flush, SetQuota
+from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from tests.control.conftest import Rig
 from tests.control.test_eviction import PAGE, text
 

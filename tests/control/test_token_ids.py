@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvmanager.token_ids import TokenIds
+from kvmanager.pages.token_ids import TokenIds
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmanager.commands import Ack, Step
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages, Unknown, WrongState
+from kvmanager.machine.commands import Ack, Step
+from kvmanager.machine.truncation import CUTS_MAX, believed
 from kvmanager.manager import KVManager
-from kvmanager.sequences import Sequence
-from kvmanager.truncation import CUTS_MAX, believed
+from kvmanager.pages.sequences import Sequence
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

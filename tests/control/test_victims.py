@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmanager.arrivals import Arrivals
-from kvmanager.commands import Open, Step, command_from_wire, command_to_wire
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages
+from kvmanager.machine.commands import Open, Step, command_from_wire, command_to_wire
+from kvmanager.pages.arrivals import Arrivals
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmanager.commands import Ack, Join, Open, Step, command_from_wire, command_to_wire
 from kvmanager.config import ManagerConfig, PoolConfig, config_from_mapping
 from kvmanager.errors import InvalidValue, KVError, LayoutMismatch, PoolNotReady, SequenceTooLarge, TooMany, Unknown, WrongState
+from kvmanager.machine.commands import Ack, Join, Open, Step, command_from_wire, command_to_wire
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from kvmanager.errors import InvalidValue
-from kvmanager.events import WorkerJoined, decode_batch
 from kvmanager.examples.engine.checkpoint import make_checkpoint
 from kvmanager.examples.engine.compare import against_transformers
 from kvmanager.examples.engine.demo import pages_at_rest, serve_prompts
 from kvmanager.examples.engine.engine import Engine, EngineConfig
 from kvmanager.examples.engine.oracle import Reference
 from kvmanager.examples.engine.request import Request, Stage
+from kvmanager.machine.events import WorkerJoined, decode_batch
 
 PAGE = 16
 VOCAB = 512

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from kvmanager.client import KVClient
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.manager import KVManager
-from kvmanager.server import Server
+from kvmanager.service.client import KVClient
+from kvmanager.service.server import Server
 
 MakeServer = Callable[..., Server]
 Connect = Callable[..., KVClient]

@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from kvmanager import events as ev
-from kvmanager.events import EventBatch, encode_batch
+from kvmanager.machine import events as ev
+from kvmanager.machine.events import EventBatch, encode_batch
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = [cls.__name__ for cls in ev.EVENTS]

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmanager import wire
-from kvmanager.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone, command_from_wire, command_to_wire
 from kvmanager.errors import BadMessage, InvalidValue, KVError, OutOfPages, StaleStep, Unknown
+from kvmanager.machine.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone, command_from_wire, command_to_wire
+from kvmanager.service import wire
 
 INT64_MAX = 2**63 - 1
 

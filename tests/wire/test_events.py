@@ -9,11 +9,11 @@ import msgpack
 import numpy as np
 import pytest
 
-from kvmanager import events as ev
-from kvmanager.commands import Open, Step
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import BadMessage
-from kvmanager.events import EventBatch, decode_batch, encode_batch
+from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Open, Step
+from kvmanager.machine.events import EventBatch, decode_batch, encode_batch
 from kvmanager.manager import KVManager
 from tests.wire.samples import GOLDEN, NAMES, equal, random_event, sample_batch
 

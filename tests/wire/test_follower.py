@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import zmq
 
-from kvmanager import wire
-from kvmanager.client import KVClient
 from kvmanager.errors import BadMessage, KVError, ManagerUnreachable, ReplicaGap, Unknown
-from kvmanager.events import EventBatch, decode_batch, encode_batch
-from kvmanager.follower import Follower
+from kvmanager.machine.events import EventBatch, decode_batch, encode_batch
+from kvmanager.machine.snapshot import load_snapshot
 from kvmanager.manager import KVManager
-from kvmanager.replica import Replica
-from kvmanager.server import Server
-from kvmanager.snapshot import load_snapshot
+from kvmanager.service import wire
+from kvmanager.service.client import KVClient
+from kvmanager.service.server import Server
+from kvmanager.worker.follower import Follower
+from kvmanager.worker.replica import Replica
 from tests.wire.conftest import Connect, MakeServer, config
 
 SECONDS_MAX = 10.0

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvmanager.commands import Tick
 from kvmanager.errors import InvalidValue, KVError, ReplicaGap, StaleEpoch, StaleStep, Unknown
-from kvmanager.events import EventBatch, LruRestored, NodesRestored, PoolRestored, decode_batch, encode_batch
+from kvmanager.machine.commands import Tick
+from kvmanager.machine.events import EventBatch, LruRestored, NodesRestored, PoolRestored, decode_batch, encode_batch
 from kvmanager.manager import KVManager
-from kvmanager.replica import AckContent, Replica
+from kvmanager.worker.replica import AckContent, Replica
 from tests.wire.conftest import config
 
 PAGE = 16

@@ -16,12 +16,12 @@ import msgpack
 import pytest
 import zmq
 
-from kvmanager import wire
-from kvmanager.client import KVClient
-from kvmanager.commands import Open, Step, command_to_wire
 from kvmanager.errors import BadMessage, InvalidValue, KVError, ManagerUnreachable, Unknown
+from kvmanager.machine.commands import Open, Step, command_to_wire
 from kvmanager.manager import KVManager
-from kvmanager.server import Server
+from kvmanager.service import wire
+from kvmanager.service.client import KVClient
+from kvmanager.service.server import Server
 from tests.wire.conftest import Connect, MakeServer, config
 
 WAIT_MS = 5000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmanager import events as ev
+from kvmanager.machine import events as ev
 from kvmanager.simulator.books import PAGE, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import draws, follows

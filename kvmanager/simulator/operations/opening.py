@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmanager import events as ev
-from kvmanager.commands import Open
+from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Open
 from kvmanager.simulator.books import PAGE, Chore, Text, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.tenants import check_quota

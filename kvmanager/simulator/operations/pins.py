@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmanager import events as ev
-from kvmanager.commands import Pin, Step
+from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Pin, Step
 from kvmanager.simulator.books import Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.opening import draw_prompt

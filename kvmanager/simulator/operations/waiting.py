@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmanager import events as ev
-from kvmanager.commands import Enqueue
+from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Enqueue
 from kvmanager.simulator.books import PAGE, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.opening import draw_prompt

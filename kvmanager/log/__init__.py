@@ -1,0 +1,1 @@
+"""The log in files: journal, recovery from it, and reading it from outside."""

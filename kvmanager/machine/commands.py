@@ -1,0 +1,557 @@
+"""Commands: what clients and workers ask for. Frozen values, typed and bounded when they are made, whoever makes them.
+
+`KVManager` and `KVClient` build the same objects, so bad input gets the same InvalidValue, naming the field, with or without a wire.
+On the wire a command is a map `{"t": kind, field: value}`; unknown fields are ignored (a newer client may send more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from kvmanager.arrays import INT64_MAX, as_distinct_ids, as_tokens, ones
+from kvmanager.arrays import as_ids as _as_ids
+from kvmanager.arrays import as_ints as _as_ints
+from kvmanager.config import MAX_SLOTS, check_int, check_name
+from kvmanager.errors import BadMessage, InvalidValue
+from kvmanager.pages.eviction import PRIORITY_MAX, PRIORITY_MIN
+
+__all__ = [
+    "Ack",
+    "Command",
+    "Enqueue",
+    "Flush",
+    "Join",
+    "Open",
+    "Pin",
+    "SetQuota",
+    "Step",
+    "Tick",
+    "WorkerGone",
+    "as_tokens",
+    "check_prompt",
+    "command_from_wire",
+    "command_to_wire",
+]
+
+TENANT_BYTES_MAX = 256
+EXTRAS_MAX = 1024
+MEMORY_BYTES_MAX = 4096
+LEASE_MAX = 1 << 40  # milliseconds or versions
+Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
+
+
+def _check_bytes(name: str, value: object, longest: int) -> bytes:
+    if isinstance(value, str):
+        value = value.encode(errors="surrogatepass")
+    if not isinstance(value, bytes) or len(value) > longest:
+        raise InvalidValue(name, f"at most {longest} bytes", f"{len(value)} bytes" if isinstance(value, bytes) else type(value).__name__)
+    return value
+
+
+def _check_list(name: str, value: object) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise InvalidValue(name, "a list", type(value).__name__)
+    return list(value)
+
+
+def _pair(name: str, value: object) -> tuple[Any, Any]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise InvalidValue(name, "a pair", repr(value)[:80])
+    return value[0], value[1]
+
+
+def _as_pairs(name: str, value: object, high: int, default: int | None = None) -> np.ndarray:
+    """int64 [n, 2] of (id, number in 1..high) pairs, from an array, a list of pairs or little-endian bytes. With a default, ids alone."""
+    if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == 2:
+        value = value.reshape(-1)
+    elif isinstance(value, (list, tuple)):
+        flat: list[Any] = []
+        for number, item in enumerate(value):
+            alone = default is not None and isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+            flat += (item, default) if alone else _pair(f"{name}[{number}]", item)
+        value = flat
+    elif isinstance(value, np.ndarray) and value.ndim == 1 and default is not None:
+        value = np.stack([value, np.full_like(value, default)], axis=1).reshape(-1)
+    elif not isinstance(value, bytes):
+        raise InvalidValue(name, "a list of pairs, or an int array of two columns", type(value).__name__)
+    array = _as_ids(name, value)
+    if len(array) % 2:
+        raise InvalidValue(name, "pairs", f"{len(array)} numbers")
+    pairs = array.reshape(-1, 2)
+    if len(pairs) and pairs[:, 1].max() > high:
+        raise InvalidValue(name, f"ints in 1..{high}", int(pairs[:, 1].max()))
+    return pairs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Open:
+    """Open a sequence.
+
+    tokens   prompt token ids, int32 [n], n >= 1
+    pool     name of the pool that will compute it; empty leaves the choice among the pools of `group` to the manager
+    tenant   salt: sequences of different tenants never share pages (at most 256 bytes)
+    extra    whatever else must be equal to share anything at all, such as a LoRA id (at most 256 bytes)
+    chunk    slots to reserve at once beyond the cached tokens, capped at the rest of the prompt; 0 reserves none
+    group    any ready pool of this group, by the longest match and the least load (see `placement`); instead of a pool
+    wait     if another sequence is computing pages of this prompt already, refuse with PrefixPending instead of computing them again
+    priority   of its pages once they are cached, -8..7: lower ones are evicted first, and pages of several openers keep the highest
+    waiting  its id in the waiting queue, which it leaves if it is opened; 0, or one that is gone, is none
+    extras   (key, start, stop) each: what else must be equal for tokens [start, stop), such as an image hash (1..256 bytes). What comes
+             before `start` is shared regardless; what follows depends on it
+    reserve  tokens that it will have beyond the prompt: pages for all of them are taken at once, and growing so far never fails for want
+             of pages; 0 reserves none
+
+    At least the prompt's last token is never taken from the cache: somebody has to compute its logits.
+    """
+
+    tokens: Any
+    pool: str = ""
+    tenant: bytes = b""
+    extra: bytes = b""
+    chunk: int = 0
+    group: str = ""
+    wait: bool = True
+    priority: int = 0
+    waiting: int = 0
+    extras: Any = ()
+    reserve: int = 0
+
+    def __post_init__(self) -> None:
+        check_prompt("open", self)
+        check_int("open.reserve", self.reserve, 0, 1 << 24)
+        check_int("open.chunk", self.chunk, 0, 1 << 24)
+        if not isinstance(self.wait, bool):
+            raise InvalidValue("open.wait", "true or false", repr(self.wait)[:80])
+        check_int("open.priority", self.priority, PRIORITY_MIN, PRIORITY_MAX)
+        check_int("open.waiting", self.waiting, 0, INT64_MAX)
+
+
+def check_prompt(name: str, prompt: Any) -> None:
+    """What Open and Enqueue have in common."""
+    tokens = as_tokens(f"{name}.tokens", prompt.tokens)
+    if not len(tokens):
+        raise InvalidValue(f"{name}.tokens", "at least one token", "none")
+    object.__setattr__(prompt, "tokens", tokens)
+    if prompt.pool != "" or prompt.group == "":  # exactly one is named
+        check_name(f"{name}.pool", prompt.pool)
+    if prompt.group != "":
+        check_name(f"{name}.group", prompt.group)
+        if prompt.pool:
+            raise InvalidValue(f"{name}.group", "a pool, or else a group", "both")
+    object.__setattr__(prompt, "tenant", _check_bytes(f"{name}.tenant", prompt.tenant, TENANT_BYTES_MAX))
+    object.__setattr__(prompt, "extra", _check_bytes(f"{name}.extra", prompt.extra, TENANT_BYTES_MAX))
+    if not isinstance(prompt.extras, (list, tuple)) or prompt.extras:
+        object.__setattr__(prompt, "extras", _check_extras(f"{name}.extras", prompt.extras, len(tokens)))
+
+
+def _check_extras(name: str, value: object, count: int) -> list[tuple[bytes, int, int]]:
+    """(key, start, stop) each, sorted by start: their order says nothing."""
+    ranges = []
+    items = _check_list(name, value)
+    if len(items) > EXTRAS_MAX:
+        raise InvalidValue(name, f"at most {EXTRAS_MAX} ranges", len(items))
+    for number, item in enumerate(items):
+        if not isinstance(item, (list, tuple)) or len(item) != 3:
+            raise InvalidValue(f"{name}[{number}]", "(key, start, stop)", repr(item)[:80])
+        key = _check_bytes(f"{name}[{number}]", item[0], TENANT_BYTES_MAX)
+        if not key:
+            raise InvalidValue(f"{name}[{number}]", "a key of at least one byte", "none")
+        start = check_int(f"{name}[{number}]", item[1], 0, count - 1)
+        ranges.append((key, start, check_int(f"{name}[{number}]", item[2], start + 1, count)))
+    return sorted(ranges, key=lambda item: (item[1], item[2], item[0]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Enqueue:
+    """A prompt waits in the scheduler's queue: its cached pages are spared by eviction while anything else can go (see `queue_hint`).
+
+    tokens, pool, tenant, extra, group, extras   as they will be in its Open
+    front    before all that wait already, not behind them
+
+    A hint, never a promise. It is given once, and named by its id from then on: `Open.waiting` or `Step.dequeue` end it.
+    """
+
+    tokens: Any
+    pool: str = ""
+    tenant: bytes = b""
+    extra: bytes = b""
+    group: str = ""
+    front: bool = False
+    extras: Any = ()
+
+    def __post_init__(self) -> None:
+        check_prompt("enqueue", self)
+        if not isinstance(self.front, bool):
+            raise InvalidValue("enqueue.front", "true or false", repr(self.front)[:80])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pin:
+    """Keep a prefix cached: as many leading pages of it as are in the pool's index now (see `pins`).
+
+    tokens, pool, tenant, extra, extras   the prefix; or else
+    sequence     what the index has of this open sequence, which the same step may close
+    lease_ms     let go after so many milliseconds, 0 for never
+    lease_steps  let go after so many versions, 0 for never
+    session      a name within the tenant (at most 256 bytes): the pin takes the place of those of the session's that are a prefix of it
+    """
+
+    tokens: Any = ()
+    pool: str = ""
+    tenant: bytes = b""
+    extra: bytes = b""
+    sequence: int = 0
+    lease_ms: int = 0
+    lease_steps: int = 0
+    session: bytes = b""
+    extras: Any = ()
+
+    def __post_init__(self) -> None:
+        check_int("pin.sequence", self.sequence, 0, INT64_MAX)
+        tokens = as_tokens("pin.tokens", self.tokens)
+        if self.sequence:
+            given = {"tokens": tokens, "pool": self.pool, "tenant": self.tenant, "extra": self.extra, "extras": self.extras}
+            for name, value in given.items():
+                if len(value):
+                    raise InvalidValue(f"pin.{name}", "a sequence, or else a prefix", "both")
+        elif not len(tokens):
+            raise InvalidValue("pin.tokens", "at least one token", "none")
+        else:
+            check_name("pin.pool", self.pool)
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "extras", _check_extras("pin.extras", self.extras, len(tokens)))
+        for name in ("tenant", "extra", "session"):
+            object.__setattr__(self, name, _check_bytes(f"pin.{name}", getattr(self, name), TENANT_BYTES_MAX))
+        check_int("pin.lease_ms", self.lease_ms, 0, LEASE_MAX)
+        check_int("pin.lease_steps", self.lease_steps, 0, LEASE_MAX)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One scheduler step for the whole batch, in this order: close, abort, truncate, tokens, unpin, release, pin, hand_off, grow, fork,
+    open, dequeue, enqueue.
+
+    close        sequence ids, int64: what they have in the prefix index stays cached for others
+    forget       sequence ids, int64: closed too, and what nobody else holds, waits for or continues leaves the index
+    abort        handoff ids, int64
+    tokens       (sequence id, token ids) pairs: ids of decoded tokens, appended after those known
+    hand_off     (sequence id, target pool name) pairs
+    grow         sequence ids, int64, each once
+    grow_counts  slots for each, int64, >= 1; None is one each
+    opens        Open objects
+    unpin        pin ids, int64
+    release      (tenant, session) pairs, bytes: all pins of the session
+    pin          Pin objects
+    dequeue      ids of waiting prompts that wait no longer, int64
+    enqueue      Enqueue objects: what this step evicts is chosen before they are looked at
+    truncate     (sequence id, new length) pairs, int64 [n, 2], each sequence once; length >= 1: the sequence is its first tokens again,
+                 and token ids known beyond them are forgotten
+    fork         (sequence id, children) pairs, int64 [n, 2], or sequence ids for one child each: the children begin as the sequence was
+                 before this step's growth
+    seen         version of the newest reply that the sender acts on: StaleEpoch if it was lost with its host; 0 is not checked
+    victims      if pages run out, propose whom to preempt (see victims)
+
+    Running sequences come before new ones: if pages run out, opens are refused first. An item that cannot be done is listed in the
+    reply and harms no other; a value that is malformed rejects the whole step and changes nothing.
+    """
+
+    opens: Any = ()
+    grow: Any = ()
+    grow_counts: Any = None
+    close: Any = ()
+    tokens: Any = ()
+    hand_off: Any = ()
+    abort: Any = ()
+    dequeue: Any = ()
+    enqueue: Any = ()
+    truncate: Any = ()
+    fork: Any = ()
+    forget: Any = ()
+    pin: Any = ()
+    unpin: Any = ()
+    release: Any = ()
+    seen: int = 0
+    victims: bool = False
+
+    steady: bool = field(init=False, default=False, repr=False)  # nothing but growth
+
+    def __post_init__(self) -> None:
+        if self.seen:
+            check_int("step.seen", self.seen, 0, INT64_MAX)
+        elif type(self.seen) is not int:
+            raise InvalidValue("step.seen", f"an int in 0..{INT64_MAX}", repr(self.seen))
+        if not isinstance(self.victims, bool):
+            raise InvalidValue("step.victims", "true or false", repr(self.victims)[:80])
+        grow = as_distinct_ids("step.grow", self.grow)
+        counts = ones(len(grow)) if self.grow_counts is None else _as_ints("step.grow_counts", self.grow_counts, "<i8", 1, 1 << 24)
+        if len(counts) != len(grow):
+            raise InvalidValue("step.grow_counts", f"{len(grow)} counts, one for each sequence", len(counts))
+        put = object.__setattr__
+        put(self, "grow", grow)
+        put(self, "grow_counts", counts)
+        steady = True
+        for name, (check, empty) in _STEP_FIELDS.items():
+            value = getattr(self, name)
+            if value is _NOTHING:  # as it is by default, and as it mostly stays
+                put(self, name, empty)
+            else:
+                value = check(value)
+                put(self, name, value)
+                steady = steady and not len(value)
+        put(self, "steady", steady)
+
+
+def _objects(name: str, cls: type) -> Callable[[object], list[Any]]:
+    def check(value: object) -> list[Any]:
+        items = _check_list(name, value)
+        for item in items:
+            if not isinstance(item, cls):
+                raise InvalidValue(name, f"{cls.__name__} objects", type(item).__name__)
+        return items
+
+    return check
+
+
+def _ids(name: str) -> Callable[[object], np.ndarray]:
+    return lambda value: _as_ids(name, value)
+
+
+def _check_release(value: object) -> list[tuple[bytes, bytes]]:
+    release = []
+    for number, item in enumerate(_check_list("step.release", value)):
+        pair = _pair(f"step.release[{number}]", item)
+        tenant, session = (_check_bytes(f"step.release[{number}]", each, TENANT_BYTES_MAX) for each in pair)
+        release.append((tenant, session))
+    return release
+
+
+def _check_tokens(value: object) -> list[tuple[int, np.ndarray]]:
+    tokens = []
+    for number, item in enumerate(_check_list("step.tokens", value)):
+        sequence, ids = _pair(f"step.tokens[{number}]", item)
+        tokens.append((check_int(f"step.tokens[{number}]", sequence, 1, INT64_MAX), as_tokens(f"step.tokens[{number}]", ids)))
+    return tokens
+
+
+def _check_hand_off(value: object) -> list[tuple[int, str]]:
+    hand_off = []
+    for number, item in enumerate(_check_list("step.hand_off", value)):
+        sequence, pool = _pair(f"step.hand_off[{number}]", item)
+        hand_off.append((check_int(f"step.hand_off[{number}]", sequence, 1, INT64_MAX), check_name(f"step.hand_off[{number}]", pool)))
+    return hand_off
+
+
+def _check_truncate(value: object) -> np.ndarray:
+    truncate = _as_pairs("step.truncate", value, 1 << 24)
+    if len(truncate) > 1 and len(np.unique(truncate[:, 0])) != len(truncate):
+        raise InvalidValue("step.truncate", "each sequence once", "a sequence twice")
+    return truncate
+
+
+def _check_fork(value: object) -> np.ndarray:
+    return _as_pairs("step.fork", value, MAX_SLOTS, default=1)
+
+
+_NOTHING: tuple[()] = ()  # the default of a Step's fields
+# How each field of a Step is checked, and what it is if it is not given.
+_STEP_FIELDS: dict[str, tuple[Callable[[object], Any], Any]] = {
+    name: (check, check(_NOTHING) if isinstance(check(_NOTHING), np.ndarray) else ())
+    for name, check in (
+        ("opens", _objects("step.opens", Open)),
+        ("close", _ids("step.close")),
+        ("forget", _ids("step.forget")),
+        ("tokens", _check_tokens),
+        ("hand_off", _check_hand_off),
+        ("abort", _ids("step.abort")),
+        ("dequeue", _ids("step.dequeue")),
+        ("enqueue", _objects("step.enqueue", Enqueue)),
+        ("truncate", _check_truncate),
+        ("fork", _check_fork),
+        ("pin", _objects("step.pin", Pin)),
+        ("unpin", _ids("step.unpin")),
+        ("release", _check_release),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A worker with fresh page memory joins a pool.
+
+    layout    fingerprint of its latent layout; the first worker's becomes the pool's
+    memory    how peers reach its pages, opaque to the manager (at most 4096 bytes)
+    lease_ms  acknowledge at least this often or be fenced; 0 takes the manager's default
+    """
+
+    name: str
+    pool: str
+    layout: str
+    memory: bytes = b""
+    lease_ms: int = 0
+
+    def __post_init__(self) -> None:
+        check_name("join.name", self.name)
+        check_name("join.pool", self.pool)
+        check_name("join.layout", self.layout)
+        object.__setattr__(self, "memory", _check_bytes("join.memory", self.memory, MEMORY_BYTES_MAX))
+        check_int("join.lease_ms", self.lease_ms, 0, 86_400_000)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ack:
+    """A worker has finished every step up to `version` and will refuse any that it has not seen yet.
+
+    ids, tokens   int64 [n]: sequence ids[i] is written up to tokens[i]
+    pulled        handoff ids whose pages have arrived and were verified
+    epoch         the life of the manager that the worker follows (see Replica); 0 says that it has followed but one
+    as_of         version of the tables that `tokens` speak of, at least `version`; 0 means `version` itself
+    """
+
+    worker: int
+    version: int
+    ids: Any = ()
+    tokens: Any = ()
+    pulled: Any = ()
+    epoch: int = 0
+    as_of: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("ack.worker", self.worker, 1, INT64_MAX)
+        check_int("ack.epoch", self.epoch, 0, INT64_MAX)
+        check_int("ack.as_of", self.as_of, 0, INT64_MAX)
+        check_int("ack.version", self.version, 0, INT64_MAX)
+        ids, tokens = _as_ids("ack.ids", self.ids), _as_ints("ack.tokens", self.tokens, "<i8", 0, 1 << 24)
+        if len(ids) != len(tokens):
+            raise InvalidValue("ack.tokens", f"{len(ids)} lengths, one for each sequence", len(tokens))
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "pulled", _as_ids("ack.pulled", self.pulled))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """The worker is known to touch nothing any more: its process was reaped, or it drained. A silent one is not known to be gone.
+
+    epoch  a life of the manager in which the worker had this id; 0 is not checked
+    """
+
+    worker: int
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("gone.epoch", self.epoch, 0, INT64_MAX)
+        check_int("gone.worker", self.worker, 1, INT64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes: leases that ended are noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetQuota:
+    """So many pages of a pool for a tenant, held by its sequences or cached for it; see `tenants`.
+
+    tenant  None is every tenant that has no quota of its own
+    pages   None is no limit
+    pool    its name, or empty for all pools
+    """
+
+    tenant: bytes | None
+    pages: int | None
+    pool: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tenant is not None:
+            object.__setattr__(self, "tenant", _check_bytes("quota.tenant", self.tenant, TENANT_BYTES_MAX))
+        if self.pages is not None:
+            check_int("quota.pages", self.pages, 0, 2**31 - 1)
+        check_name("quota.pool", self.pool, allow_empty=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """The prefix index forgets everything that it has of a tenant, in a pool or in all (empty); see `tenants`."""
+
+    tenant: bytes
+    pool: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tenant", _check_bytes("flush.tenant", self.tenant, TENANT_BYTES_MAX))
+        check_name("flush.pool", self.pool, allow_empty=True)
+
+
+Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick | SetQuota | Flush
+_KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick, "quota": SetQuota, "flush": Flush}
+_ITEMS: dict[str, type] = {"opens": Open, "enqueue": Enqueue, "pin": Pin}  # lists of a step whose items are maps on the wire
+_NAMES = {cls: kind for kind, cls in _KINDS.items()}
+_FIELDS: dict[type, tuple[str, ...]] = {
+    cls: tuple(item.name for item in fields(cls) if item.init) for cls in (*_KINDS.values(), *_ITEMS.values())
+}
+
+
+_DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.default not in (MISSING, ())} for cls in _ITEMS.values()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if type(value) in _DEFAULTS:
+        defaults = _DEFAULTS[type(value)]
+        named = ((name, getattr(value, name)) for name in _FIELDS[type(value)])
+        return {name: _plain(each) for name, each in named if name not in defaults or each != defaults[name]}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+_STEADY_FIELDS = ("grow", "grow_counts", "seen", "victims")
+
+
+def command_to_wire(command: Command) -> dict[str, Any]:
+    """The map that `command_from_wire` turns back; empty fields, and those of items that are as by default, are left out."""
+    wire: dict[str, Any] = {"t": _NAMES[type(command)]}
+    for name in _STEADY_FIELDS if isinstance(command, Step) and command.steady else _FIELDS[type(command)]:
+        value = getattr(command, name)
+        if value is False or (isinstance(value, (np.ndarray, list, tuple, bytes)) and not len(value)):
+            continue
+        wire[name] = _plain(value)
+    if isinstance(command, Step) and len(command.grow_counts):
+        counts = command.grow_counts
+        if counts is ones(len(counts)) or (counts == 1).all():
+            del wire["grow_counts"]  # the steady decode step
+    if isinstance(command, Step) and not command.seen:
+        del wire["seen"]
+    return wire
+
+
+def command_from_wire(wire: object) -> Command:
+    """The command in a decoded message. Raises BadMessage or InvalidValue; allocates nothing that the message did not hold."""
+    if not isinstance(wire, Mapping):
+        raise BadMessage(f"command: expected a map, got {type(wire).__name__}")
+    kind = wire.get("t")
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise BadMessage(f"command: expected t to be one of {', '.join(_KINDS)}, got {kind!r}"[:200])
+    values = {name: wire[name] for name in _FIELDS[cls] if name in wire}
+    if cls is Step:
+        for name, item_cls in _ITEMS.items():
+            if name in values:
+                values[name] = [_item_from_wire(f"step.{name}", item_cls, item) for item in _check_list(f"step.{name}", values[name])]
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise BadMessage(f"command {kind}: {error}"[:200]) from None
+
+
+def _item_from_wire(where: str, cls: type, wire: object) -> Any:
+    if not isinstance(wire, Mapping):
+        raise InvalidValue(where, "maps", type(wire).__name__)
+    try:
+        return cls(**{name: wire[name] for name in _FIELDS[cls] if name in wire})
+    except TypeError as error:
+        raise BadMessage(f"{where}: {error}"[:200]) from None

@@ -1,0 +1,190 @@
+"""Restore: how the events that only a snapshot is made of build a state from nothing. `snapshot` makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from kvmanager.machine import events as ev
+from kvmanager.machine import lives
+from kvmanager.machine.pins import pin_restored
+from kvmanager.machine.state import Client, Notice, State
+from kvmanager.machine.tenants import account_restored
+from kvmanager.pages.handoff import Handoff, HandoffState
+from kvmanager.pages.prefix import ID_BYTES, TOKEN_BYTES, Node
+from kvmanager.pages.sequences import Sequence
+from kvmanager.pages.token_ids import TokenIds
+
+__all__ = ["RESTORE", "Restoring"]
+
+
+class Restoring:
+    """The index nodes that a snapshot numbers from 1 on, by pool; needed only while one is being applied."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, list[Node]] = {}
+
+
+def _state_restored(state: State, event: ev.StateRestored, _: Restoring) -> None:
+    state.next_generation, state.next_worker, state.next_handoff = event.next_generation, event.next_worker, event.next_handoff
+    state.free_slots = event.free_slots.tolist()
+    state.tables.last_ids, state.tables.last_counts = event.last_ids, event.last_counts
+
+
+def _pool_restored(state: State, event: ev.PoolRestored, _: Restoring) -> None:
+    pool = state.pools[event.pool]
+    pool.free.set(event.free)
+    at = 0
+    for serial, version, size in zip(event.serials.tolist(), event.versions.tolist(), event.sizes.tolist(), strict=True):
+        pool.next_serial = serial
+        pool.put_in_quarantine(version, event.pages[at : at + size], None)
+        at += size
+    pool.next_serial = event.next_serial
+    pool.publishable = dict.fromkeys(event.publishable.tolist())
+
+
+def _worker_restored(state: State, event: ev.WorkerRestored, _: Restoring) -> None:
+    worker = state.workers[event.worker]
+    worker.acked, worker.deadline_ms, worker.fenced = event.acked, event.deadline_ms, bool(event.fenced)
+
+
+def _nodes_restored(state: State, event: ev.NodesRestored, restoring: Restoring) -> None:
+    prefix = state.pools[event.pool].prefix
+    root = prefix.enter(event.namespace)
+    root.refs -= 1  # its sequences and handoffs, restored later, enter themselves
+    known, step, ids, tokens = restoring.nodes.setdefault(event.pool, []), prefix.page_bytes, event.pages.tobytes(), event.tokens
+    at, first = 0, len(known)
+    columns = (event.parents, event.sizes, event.refs, event.last_used, event.priorities)
+    for number, size, refs, last_used, priority in zip(*(column.tolist() for column in columns), strict=True):
+        parent, stop = known[number - 1] if number else root, at + size
+        node = Node(parent, tokens[at * step : stop * step], ids[at * ID_BYTES : stop * ID_BYTES])
+        node.refs, node.last_used, node.priority = refs, last_used, priority
+        prefix.adopt(parent, node)
+        known.append(node)
+        at = stop
+    owners = np.empty(len(known) - first, object)
+    owners[:] = known[first:]
+    prefix.node_of[event.pages] = np.repeat(owners, event.sizes)
+    prefix.pages_indexed += len(event.pages)
+    state.extras.count(event.tokens, 1)
+
+
+def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
+    prefix, known = state.pools[event.pool].prefix, restoring.nodes.get(event.pool, [])
+    for number in event.nodes.tolist():
+        prefix.loosen(known[number - 1])
+
+
+def _find_node(state: State, restoring: Restoring, pool: int, number: int, namespace: bytes) -> Node:
+    return restoring.nodes[pool][number - 1] if number else state.pools[pool].prefix.roots[namespace]
+
+
+def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Restoring) -> None:
+    pool = state.pools[event.pool]
+    pool.prefix.enter(event.namespace)
+    node = _find_node(state, restoring, event.pool, event.node, event.namespace)
+    written = dict(zip(event.workers.tolist(), event.written.tolist(), strict=True))
+    state.sequences[event.sequence] = Sequence(
+        event.sequence,
+        event.owner,
+        event.pool,
+        event.namespace,
+        TokenIds((), event.tokens),
+        node,
+        event.published,
+        written,
+        event.handoff,
+        bool(event.sealed),
+        event.holds,
+        event.priority,
+    )
+    state.tables.open(event.sequence, event.pool, event.length, event.pages)
+    pool.share(event.pages)
+    pool.load += len(event.tokens) // TOKEN_BYTES
+    state.extras.count(event.tokens, 1)
+
+
+def _arrivals_restored(state: State, event: ev.ArrivalsRestored, _: Restoring) -> None:
+    for sequence_id in event.sequences.tolist():
+        state.pools[event.pool].arrivals.add(sequence_id, state.sequences[sequence_id].priority)
+
+
+def _in_flight_restored(state: State, event: ev.InFlightRestored, _: Restoring) -> None:
+    pool = state.pools[event.pool]
+    for sequence_id, since_ms in zip(event.sequences.tolist(), event.since_ms.tolist(), strict=True):
+        pool.inflight.note(state.sequences[sequence_id], pool.prefix.page_bytes, since_ms)
+
+
+def _counters_restored(state: State, event: ev.CountersRestored, _: Restoring) -> None:
+    state.pools[event.pool].tokens_copied = event.tokens_copied
+
+
+def _sequence_marks_restored(state: State, event: ev.SequenceMarksRestored, _: Restoring) -> None:
+    sequence = state.sequences[event.sequence]
+    sequence.family, sequence.shared, sequence.reserved = event.family, event.shared, event.reserved
+    sequence.cut_floor, sequence.unlisted = event.cut_floor, bool(event.unlisted)
+    sequence.cuts = list(zip(event.cut_versions.tolist(), event.cut_lengths.tolist(), strict=True))
+    if event.family:
+        state.families.setdefault(event.family, {})[event.sequence] = None
+
+
+def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restoring) -> None:
+    handoff = Handoff(
+        event.handoff,
+        event.sequence,
+        event.namespace,
+        event.owner,
+        event.source,
+        event.target,
+        HandoffState(event.state),
+        event.version,
+        event.length,
+        event.source_pages.tolist(),
+        event.source_indexed,
+        None,
+        event.target_shared,
+        event.target_pages.tolist(),
+        None,
+        dict.fromkeys(event.pulled.tolist()),
+    )
+    state.handoffs[event.handoff] = handoff
+    if handoff.source_pages:
+        state.pools[event.source].share(handoff.source_pages)
+        if event.source_node:
+            handoff.source_node = restoring.nodes[event.source][event.source_node - 1]
+    if handoff.state is HandoffState.MOVING:  # it may move no page at all, and has entered the target's namespace all the same
+        state.pools[event.target].share(handoff.target_pages)
+        state.pools[event.target].prefix.enter(event.namespace)
+        handoff.target_node = _find_node(state, restoring, event.target, event.target_node, event.namespace)
+
+
+def _policy_restored(state: State, event: ev.PolicyRestored, _: Restoring) -> None:
+    state.next_waiting, state.next_pin = event.next_waiting, event.next_pin
+
+
+def _client_restored(state: State, event: ev.ClientRestored, _: Restoring) -> None:
+    notices = [Notice(*row) for row in msgpack.unpackb(event.notices)]
+    state.clients[event.client] = Client(event.client, event.number, event.version, event.reply, notices, event.seen_ms)
+
+
+RESTORE: dict[type, Callable[[State, Any, Restoring], None]] = {
+    ev.StateRestored: _state_restored,
+    ev.PoolRestored: _pool_restored,
+    ev.WorkerRestored: _worker_restored,
+    ev.NodesRestored: _nodes_restored,
+    ev.LruRestored: _lru_restored,
+    ev.SequenceRestored: _sequence_restored,
+    ev.ArrivalsRestored: _arrivals_restored,
+    ev.InFlightRestored: _in_flight_restored,
+    ev.CountersRestored: _counters_restored,
+    ev.SequenceMarksRestored: _sequence_marks_restored,
+    ev.HandoffRestored: _handoff_restored,
+    ev.ClientRestored: _client_restored,
+    ev.PolicyRestored: _policy_restored,
+    ev.PinBegun: pin_restored,
+    ev.AccountRestored: account_restored,
+    ev.LivesRestored: lives.lives_restored,
+}

@@ -1,0 +1,135 @@
+"""Truncation: a sequence becomes its first tokens again, as after rejected drafts of speculative decoding or a turn taken back.
+
+Pages wholly beyond the new length are let go; pages that were reserved for a known output length stay. The page in which the new end
+lies is written into next, so it must be the sequence's own: if it is in the prefix index, or was shared by a fork, the sequence gets a
+copy.
+
+Slots beyond the new length will be written again with other tokens. What workers say about the old ones must then not count for the
+new ones, however late it arrives: each truncation is remembered as a *cut* (version, tokens that stayed) until every worker has
+acknowledged it, and what a worker says about an older version counts only up to the cuts that it had not seen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvmanager.errors import InvalidValue, OutOfPages, Unknown
+from kvmanager.machine import events as ev
+from kvmanager.machine.draft import Cut, Draft
+from kvmanager.machine.owners import note_place, note_publishable
+from kvmanager.machine.state import State
+from kvmanager.pages.prefix import TOKEN_BYTES
+from kvmanager.pages.sequences import Sequence
+from kvmanager.tables import div_ceil
+
+__all__ = ["CUTS_MAX", "apply_truncated", "believed", "decide_truncated", "truncate"]
+
+CUTS_MAX = 64  # of one sequence; what a worker says about versions before the oldest counts for nothing
+
+
+def truncate(draft: Draft, sequence_id: int, length: int) -> None:
+    """Cut one sequence in the draft. Raises Unknown, WrongState, InvalidValue, OutOfPages; the draft is as before then."""
+    if not draft.alive(sequence_id):
+        raise Unknown("sequence", sequence_id)
+    state = draft.state
+    sequence = state.sequences[sequence_id]
+    draft.refuse_handed_off(sequence)
+    row = state.tables.row(sequence_id)
+    have = int(state.tables.lengths[row])
+    if length > have:
+        raise InvalidValue("step.truncate", f"at most the {have} tokens of sequence {sequence_id}", length)
+    pool = state.pools[sequence.pool]
+    full, part = divmod(length, pool.page_size)
+    keep = div_ceil(length, pool.page_size)
+    source = -1
+    published = draft.published_pages(sequence)
+    if max(published, sequence.shared) <= full:
+        keep = max(keep, min(sequence.reserved, int(state.tables.page_counts[row])))
+    elif part:  # also where all forks are gone by now: a step of theirs that is in flight may be reading the page
+        wanted = draft.cut_pages.get(pool.index, 0) + 1
+        if draft.pool(pool.index).can_take(wanted) < wanted:
+            raise OutOfPages(pool.name, 1, 0, pool.quarantined)
+        source, draft.cut_pages[pool.index] = int(state.tables.pages[row, full]), wanted
+    draft.cut[sequence_id] = Cut(length, keep, source, -1)
+    forgotten = len(sequence.tokens) // TOKEN_BYTES - length
+    if forgotten > 0:
+        draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) - forgotten
+
+
+def decide_truncated(draft: Draft) -> None:
+    """Log all cuts of the step as one event, and before it the evictions for their fresh pages."""
+    cuts = draft.cut
+    if not cuts:
+        return
+    for index, wanted in draft.cut_pages.items():
+        taken = iter(draft.pool(index).take(wanted, None).tolist())
+        for sequence_id, cut in cuts.items():
+            if cut.source >= 0 and draft.state.sequences[sequence_id].pool == index:
+                cuts[sequence_id] = cut._replace(target=next(taken))
+                draft.copy(index, cut.source, cuts[sequence_id].target, cut.length % draft.state.pools[index].page_size)
+    lengths, keeps, sources, targets = (np.array(column, np.int64) for column in zip(*cuts.values(), strict=True))
+    ids = np.fromiter(cuts, np.int64, len(cuts))
+    draft.events.append(ev.SequencesTruncated(ids, lengths, keeps, sources.astype(np.int32), targets.astype(np.int32)))
+
+
+def apply_truncated(state: State, event: ev.SequencesTruncated) -> None:
+    tables = state.tables
+    rows = tables.rows(event.ids)
+    before = tables.page_counts[rows].tolist()
+    acked: dict[int, int] = {}
+    columns = (event.ids, rows, event.lengths, event.page_counts, event.targets)
+    for (sequence_id, row, length, keep, target), had in zip(
+        zip(*(column.tolist() for column in columns), strict=True), before, strict=True
+    ):
+        sequence = state.sequences[sequence_id]
+        pool = state.pools[sequence.pool]
+        full = length // pool.page_size
+        start = full if target >= 0 else keep
+        if start < had:
+            gone = tables.pages[row, start:had]
+            indexed = max(sequence.published - start, 0)
+            pool.unshare(gone[:indexed])  # those without an owner are cached now
+            if target >= 0:
+                pool.take([target], sequence.node.account)
+            pool.put_in_quarantine(state.version, pool.unshare(gone[indexed:]), sequence.node.account)
+        if full < sequence.published:
+            sequence.node = pool.prefix.shorten(sequence.node, sequence.published - full, state.version)
+            sequence.published = full
+        sequence.shared = min(sequence.shared, full)
+        extra = len(sequence.tokens) // TOKEN_BYTES - length
+        if extra > 0:
+            state.extras.count(sequence.tokens[length * TOKEN_BYTES :], -1)
+            del sequence.tokens[length * TOKEN_BYTES :]
+            pool.load -= extra
+        if sequence.pool not in acked:
+            acked[sequence.pool] = state.acked(sequence.pool)
+        _remember(state, sequence, full * pool.page_size if target >= 0 else length, acked[sequence.pool])
+        if sequence_id in pool.publishable:
+            note_publishable(state, sequence)
+        if extra > 0 or sequence.published == full:
+            note_place(state, sequence)
+    tables.truncate(event.ids, event.lengths, event.page_counts, event.targets)
+
+
+def _remember(state: State, sequence: Sequence, stayed: int, acked: int) -> None:
+    """Tokens [0, stayed) are as they were; all others are to be written again before they count."""
+    for worker, tokens in sequence.written.items():
+        if tokens > stayed:
+            sequence.written[worker] = stayed
+    cuts = sequence.cuts
+    while cuts and (cuts[0][0] <= acked or len(cuts) >= CUTS_MAX):
+        sequence.cut_floor = cuts.pop(0)[0]
+    while cuts and cuts[-1][1] >= stayed:
+        cuts.pop()  # whoever has not seen that one has not seen this one either
+    cuts.append((state.version, stayed))
+
+
+def believed(sequence: Sequence, tokens: int, as_of: int) -> int:
+    """How many of `tokens` count that a worker calls written, on tables of version `as_of`."""
+    if as_of < sequence.cut_floor:
+        return 0
+    for version, stayed in reversed(sequence.cuts):
+        if version <= as_of:
+            break
+        tokens = min(tokens, stayed)
+    return tokens

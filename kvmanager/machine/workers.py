@@ -1,0 +1,134 @@
+"""Workers: who computes in which pool, what they acknowledge, and what is lost with one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvmanager.errors import InvalidValue, LayoutMismatch, TooMany, Unknown, WrongState
+from kvmanager.machine import events as ev
+from kvmanager.machine import lives, pins
+from kvmanager.machine.commands import Ack, Join, WorkerGone
+from kvmanager.machine.draft import Draft
+from kvmanager.machine.handoffs import abort, pulled
+from kvmanager.machine.owners import note_publishable
+from kvmanager.machine.state import State, Worker
+from kvmanager.machine.truncation import believed
+from kvmanager.pages.handoff import HandoffState
+
+__all__ = ["ack", "apply_acked", "apply_dead", "apply_fenced", "apply_joined", "apply_written", "gone", "join", "lose_pool"]
+
+
+def join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any]:
+    state = draft.state
+    pool = state.pool(command.pool)
+    if len(state.workers) >= state.config.workers_max:
+        raise TooMany("workers", state.config.workers_max)
+    if len(state.live_workers(pool.index)) >= pool.workers_expected:
+        raise WrongState("pool", pool.name, f"at most {pool.workers_expected} live workers", "one more")
+    if pool.layout and command.layout != pool.layout:
+        raise LayoutMismatch(f"pool {pool.name}", pool.layout, command.layout)
+    if pool.prefix.pages_indexed or any(sequence.pool == pool.index for sequence in state.sequences.values()):
+        # Fresh memory beside pages that hold something: this worker would read garbage.
+        raise WrongState("pool", pool.name, "an empty pool for a worker with fresh memory", "cached pages or open sequences")
+    lease_ms = command.lease_ms or state.config.lease_ms
+    draft.events.append(ev.WorkerJoined(state.next_worker, command.name, pool.index, command.layout, command.memory, lease_ms))
+    return {"worker": state.next_worker, "lease_ms": lease_ms, "epoch": state.epoch}
+
+
+def ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]:
+    state = draft.state
+    lives.check_ack(state, command.epoch, max(command.version, command.as_of))
+    worker = state.worker(command.worker)
+    if command.version > state.version:
+        raise InvalidValue("ack.version", f"at most {state.version}, the newest there is", command.version)
+    if command.as_of and not command.version <= command.as_of <= state.version:
+        raise InvalidValue("ack.as_of", f"{command.version}..{state.version}", command.as_of)
+    draft.events.append(ev.WorkerAcked(command.worker, command.version))
+    draft.acks[command.worker] = command.version
+    ids, lengths = [], []
+    for sequence_id, tokens in zip(command.ids.tolist(), command.tokens.tolist(), strict=True):
+        sequence = state.sequences.get(sequence_id)
+        if sequence is None or sequence.pool != worker.pool:
+            continue  # closed or moved since: the worker could not know
+        tokens = believed(sequence, tokens, command.as_of or command.version)
+        length = state.tables.length(sequence_id)
+        if tokens > length:
+            raise InvalidValue("ack.tokens", f"at most the {length} tokens of sequence {sequence_id}", tokens)
+        ids.append(sequence_id)
+        lengths.append(tokens)
+        draft.written.setdefault(sequence_id, {})[command.worker] = tokens
+    if ids:
+        draft.events.append(ev.SequencesWritten(command.worker, np.array(ids, np.int64), np.array(lengths, np.int64)))
+    for handoff_id in dict.fromkeys(command.pulled.tolist()):
+        pulled(draft, handoff_id, command.worker, worker.pool)
+    return {}
+
+
+def gone(draft: Draft, command: WorkerGone, now_ms: int, client: int) -> dict[str, Any]:
+    lives.check_epoch(draft.state, command.epoch)
+    worker = draft.state.workers.get(command.worker)
+    if worker is None:
+        raise Unknown("worker", command.worker)
+    lost = [] if worker.fenced else lose_pool(draft, worker.pool, f"worker {worker.name} is dead")
+    draft.dead[command.worker] = None
+    draft.events.append(ev.WorkerDead(command.worker))
+    return {"lost": lost}
+
+
+def lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
+    """The memory of a pool is gone, or a worker that is not to be trusted holds it: nothing in it may be found again."""
+    state = draft.state
+    for handoff in state.handoffs.values():
+        over = handoff.state is HandoffState.ABORTED or handoff.handoff_id in draft.aborted  # both pools may be lost at once
+        if pool in (handoff.source, handoff.target) and not over:
+            abort(draft, handoff.handoff_id, "lost", reason)
+    lost = [sequence.sequence_id for sequence in state.sequences.values() if sequence.pool == pool and draft.alive(sequence.sequence_id)]
+    for sequence_id in lost:
+        draft.closed[sequence_id] = None
+        draft.events.append(ev.SequenceClosed(sequence_id, 1))
+    pins.lose(draft, pool)
+    if state.pools[pool].prefix.pages_indexed:
+        draft.events.append(ev.IndexDropped(pool))
+    return lost
+
+
+# --- apply -----------------------------------------------------------------------------------------------------------------------
+
+
+def apply_joined(state: State, event: ev.WorkerJoined) -> None:
+    state.workers[event.worker] = Worker(
+        event.worker,
+        event.name,
+        event.pool,
+        event.layout,
+        event.memory,
+        event.lease_ms,
+        acked=state.version,  # it has never seen anything older
+        deadline_ms=state.now_ms + event.lease_ms,
+    )
+    state.next_worker = event.worker + 1
+    state.pool_workers[event.pool].append(event.worker)
+    state.pools[event.pool].layout = event.layout
+
+
+def apply_acked(state: State, event: ev.WorkerAcked) -> None:
+    worker = state.workers[event.worker]
+    worker.acked = max(worker.acked, event.version)
+    worker.deadline_ms = state.now_ms + worker.lease_ms
+
+
+def apply_written(state: State, event: ev.SequencesWritten) -> None:
+    for sequence_id, tokens in zip(event.ids.tolist(), event.tokens.tolist(), strict=True):
+        sequence = state.sequences[sequence_id]
+        sequence.written[event.worker] = max(tokens, sequence.written.get(event.worker, 0))
+        note_publishable(state, sequence)
+
+
+def apply_fenced(state: State, event: ev.WorkerFenced) -> None:
+    state.workers[event.worker].fenced = True
+
+
+def apply_dead(state: State, event: ev.WorkerDead) -> None:
+    state.pool_workers[state.workers.pop(event.worker).pool].remove(event.worker)

@@ -1,0 +1,62 @@
+"""Eviction: in which order cached pages give way.
+
+    1. pages that no waiting prompt would use: the lowest priority first, within a priority the least recently used first
+    2. only when nothing else can go, pages that waiting prompts would use: those of the prompt farthest back in the queue first
+
+A child always goes before its parent, by construction. Whoever holds, wants or ranks a node does the same to everything above it: so a
+parent's priority is never below its child's, the first prompt that waits for it never stands behind the child's, and nodes come into
+their list children first. Priority 0 for all and an empty queue is leaf-first LRU.
+
+A page's priority is the highest that any sequence gave that used it, and stays until the page is evicted.
+
+Each priority has a list, ordered by last use: a node enters at its end and leaves from anywhere at the same price, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmanager.pages.prefix import Node
+
+__all__ = ["PRIORITY_MAX", "PRIORITY_MIN", "EvictionOrder"]
+
+PRIORITY_MIN, PRIORITY_MAX = -8, 7
+
+
+class EvictionOrder:
+    """The nodes that nobody holds and nobody waits for."""
+
+    __slots__ = ("classes",)
+
+    def __init__(self) -> None:
+        self.classes: tuple[OrderedDict[Node, None], ...] = tuple(OrderedDict() for _ in range(PRIORITY_MIN, PRIORITY_MAX + 1))
+
+    def __contains__(self, node: object) -> bool:
+        return any(node in nodes for nodes in self.classes)
+
+    def __iter__(self) -> Iterator[Node]:
+        """First to go first."""
+        for nodes in self.classes:
+            yield from nodes
+
+    def add(self, node: Node) -> None:
+        """Used just now."""
+        self.classes[node.priority - PRIORITY_MIN][node] = None
+
+    def discard(self, node: Node) -> None:
+        self.classes[node.priority - PRIORITY_MIN].pop(node, None)
+
+    def touch(self, node: Node) -> None:
+        """Used once more."""
+        self.classes[node.priority - PRIORITY_MIN].move_to_end(node)
+
+    def victims(self, acked: int) -> Iterator[Node]:
+        """Nodes whose last use every worker has acknowledged, first to go first."""
+        for nodes in self.classes:
+            for node in nodes:
+                if node.last_used > acked:
+                    break  # a list is ordered by last use: all that follow are newer still
+                yield node

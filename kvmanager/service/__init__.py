@@ -1,0 +1,1 @@
+"""The manager behind sockets, and the client that speaks to it."""

@@ -1,0 +1,521 @@
+"""Replica: a worker's copy of the block tables, and the bookkeeping that keeps the worker honest. No sockets here: feed it bytes.
+
+It applies batches in order and stops after one that gives its pool something to write, until that step has been run: so lengths and
+tables are exactly those of the step, and what it acknowledges is true by construction.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvmanager.errors import InvalidValue, ReplicaGap, StaleEpoch, StaleStep, Unknown, WrongState
+from kvmanager.machine import events as ev
+from kvmanager.pages.handoff import HandoffState
+from kvmanager.pages.sequences import Tables
+from kvmanager.tables import BatchTables, div_ceil
+
+__all__ = ["AckContent", "Copies", "Peer", "Pull", "Replica"]
+
+NO_PAGES = np.zeros(0, np.int32)
+
+
+class Peer(NamedTuple):
+    """A worker as others see it."""
+
+    worker: int
+    name: str
+    pool: int
+    layout: str
+    memory: bytes
+
+
+class Pull(NamedTuple):
+    """Pages to copy into this pool: source_pages[i] of `peer` to target_pages[i]. Pages the pool already shares are not in it."""
+
+    handoff: int
+    sequence: int
+    version: int
+    peer: Peer
+    source_pages: np.ndarray
+    target_pages: np.ndarray
+    shared_pages: int
+
+
+class Copies(NamedTuple):
+    """Pages to copy in this worker's memory before it writes anything of step `version`: of all layers of source_pages[i] the first
+    tokens[i] slots to target_pages[i]. No page is a source and a target, and all targets are distinct: any order will do. All int32."""
+
+    version: int
+    source_pages: np.ndarray
+    target_pages: np.ndarray
+    tokens: np.ndarray
+
+
+class AckContent(NamedTuple):
+    """What to send with `ack`: all of it, `as_of` included."""
+
+    version: int
+    ids: list[int]
+    tokens: list[int]
+    pulled: list[int]
+    epoch: int
+    as_of: int = 0
+
+
+@dataclass(slots=True)
+class _Moving:
+    sequence: int
+    source: int
+    target: int
+    shared: np.ndarray
+    fresh: np.ndarray
+    moving: bool = False
+
+
+class Replica:
+    """Tables of all pools, seen by a worker of `pool` (its name), or by an observer that runs nothing (None)."""
+
+    def __init__(self, pool: str | None = None) -> None:
+        self.pool_name = pool
+        self.stranded = False  # a worker whose pages are not what the manager believes: see `load`
+        self.differs = False  # the tables are not the manager's: only a snapshot helps
+        self._reset()
+
+    def _reset(self) -> None:
+        self.epoch = 0  # of the newest batch that was fed
+        self.past: dict[int, int] = {}  # earlier lives that this log continues: epoch -> its last version
+        self.version = 0  # applied
+        self.known = 0  # fed
+        self.step = 0  # the applied step that this pool has still to run, 0 if none
+        self.acked = 0  # acknowledged: steps at or below it are refused
+        self.tables = Tables()
+        self.pools: list[ev.PoolAdded] = []
+        self.pool = -1
+        self.peers: dict[int, Peer] = {}
+        self._queue: deque[ev.EventBatch] = deque()
+        self._handoffs: dict[int, _Moving] = {}
+        self._pulls: dict[int, Pull] = {}  # not yet finished
+        self._copying: dict[int, int] = {}  # begun and not ended, aborted ones included: handoff -> version of its beginning
+        self._pulled: list[int] = []  # finished, to be reported
+        self._written: dict[int, int] = {}
+        self._reported: dict[int, int] = {}
+        self._handing: dict[int, None] = {}  # own sequences on their way out: report them to the token
+        self._broken: dict[int, None] = {}  # a step of theirs was left out: there is a hole in their pages
+        self._step_ids: list[int] = []
+        self._copies: Copies | None = None  # to be carried out before anything else
+        self._after_copies: dict[int, int] = {}  # sequence -> tokens that are written once they have been
+        self._owed = False  # an acknowledgement would let something go on
+        self._batch_rows: tuple[list[int], int, np.ndarray] = ([], -1, np.zeros(0, np.int64))  # ids, as of which placements, rows
+        self._growing: tuple[np.ndarray, int, list[int]] = (self.tables.last_ids, -1, [])  # ids, as of which placements, those of this pool
+
+    @property
+    def page_size(self) -> int:
+        return self.pools[self.pool].page_size
+
+    # --- following -----------------------------------------------------------------------------------------------------------
+
+    def load(self, data: bytes) -> None:
+        """Start from a snapshot. What this worker wrote before it is forgotten, so it is never reported as written again.
+
+        A worker that has followed another log - of a manager that is gone with all it knew, or the end of this one, lost with its host -
+        is stranded: nobody knows what is in its pages. From then on it raises StaleEpoch: drain, and join again with a new replica.
+        """
+        batch = ev.decode_batch(data)
+        lives = next((event for event in batch.events if isinstance(event, ev.LivesRestored)), None)
+        past = dict(zip(lives.epochs.tolist(), lives.lasts.tolist(), strict=True)) if lives is not None else {}
+        same = (batch.epoch == self.epoch and batch.version >= self.known) or self.known <= past.get(self.epoch, -1)
+        self.stranded |= self.epoch > 0 and self.pool_name is not None and not same
+        acked, copying = (self.acked if same else 0), self._copying
+        self._reset()
+        self.epoch, self.version, self.known, self.acked = batch.epoch, batch.version, batch.version, acked
+        self.past, self.differs = past, False
+        self._copying = copying if same else dict.fromkeys(copying, 1)  # a snapshot does not stop a copy that is under way
+        self._owed = True  # what was freed in the versions that it skipped
+        for event in batch.events:
+            self._apply(event)
+        if self.pool_name is not None and self.pool < 0:
+            raise Unknown("pool", self.pool_name)
+        # A snapshot may have skipped steps that this worker never ran: what is in these sequences' pages is not known.
+        self._broken = dict.fromkeys(self._own(self.tables.open_ids()))
+
+    def feed(self, data: bytes) -> None:
+        """Take one event batch. Older ones are dropped; raises ReplicaGap if one is missing, or the manager restarted and this is not
+        the very batch that continues."""
+        batch = ev.decode_batch(data)
+        first = batch.events[0] if batch.events else None
+        if isinstance(first, ev.EpochBegun) and (first.before, first.last) == (self.epoch, self.known):
+            self.past[first.before] = first.last
+            self.epoch, self.known = batch.epoch, batch.version
+            self._queue.append(batch)
+            self.advance()
+            return
+        if batch.epoch in self.past:
+            return  # sent by the manager of an earlier life
+        if batch.epoch != self.epoch:
+            raise ReplicaGap(f"replica: expected epoch {self.epoch}, got {batch.epoch}: the manager restarted", epoch=batch.epoch)
+        if batch.version <= self.known:
+            return
+        if batch.version != self.known + 1:
+            raise ReplicaGap(f"replica: expected version {self.known + 1}, got {batch.version}", expected=self.known + 1)
+        self.known = batch.version
+        self._queue.append(batch)
+        self.advance()
+
+    def check(self, epoch: int, version: int, digest: bytes) -> None:
+        """Compare with a heartbeat. Raises ReplicaGap if batches were lost, the manager restarted, or the tables differ."""
+        if epoch != self.epoch or version > self.known:
+            raise ReplicaGap(f"replica: at {self.epoch}:{self.known}, the manager at {epoch}:{version}", version=version)
+        if version == self.version and digest != self.tables.digest():
+            self.differs = True
+            raise ReplicaGap(f"replica: tables at version {version} differ from the manager's", version=version)
+
+    def advance(self) -> None:
+        """Apply what was fed, up to and including the next step that this pool has to run."""
+        while self._queue and not self.step and self._copies is None:
+            batch = self._queue.popleft()
+            writing: list[int] = []
+            for event in batch.events:
+                writing += self._apply(event)
+            self.version = batch.version
+            if writing and self.pool >= 0:
+                self.step, self._step_ids = batch.version, writing
+            if self._copies is None and self._after_copies:
+                self._settle_copied()
+
+    def _check_life(self) -> None:
+        if self.stranded:
+            raise StaleEpoch(
+                f"replica: expected the log that this worker has followed, the manager of epoch {self.epoch} has another: drain, join again",
+                epoch=self.epoch,
+            )
+
+    # --- running steps -------------------------------------------------------------------------------------------------------
+
+    def ready(self, version: int) -> bool:
+        """Whether step `version` can run now. False: not here yet. Raises StaleStep for one acknowledged already, WrongState if its
+        copies have not been carried out, StaleEpoch."""
+        self._check_life()
+        self._require_copied(version)
+        if version <= self.acked or (version <= self.version and version != self.step):  # the latter: a snapshot went past it
+            raise StaleStep(version, max(self.acked, self.step - 1 if self.step else self.version))
+        return self.step == version
+
+    def batch(self, version: int, sequences: Iterable[int]) -> BatchTables:
+        """Tables and lengths of the step's sequences, in the order given. Raises StaleStep, ReplicaGap (not here yet), Unknown."""
+        if not self.ready(version):
+            raise ReplicaGap(f"step: expected the replica to be at {version}, it is at {self.version}", version=self.version)
+        return self.tables.batch_of(self._rows(sequences), version, self.page_size)
+
+    def _rows(self, sequences: Iterable[int]) -> np.ndarray:
+        """Table rows of sequences of this pool. Those of the last batch are known again, unless something was opened, closed or moved."""
+        before, placements, rows = self._batch_rows
+        if placements == self.tables.placements and type(sequences) is list and sequences == before:
+            return rows
+        ids = sequences.astype(np.int64) if isinstance(sequences, np.ndarray) else np.fromiter(sequences, np.int64)
+        rows = self.tables.rows(ids)
+        foreign = self.tables.pools[rows] != self.pool
+        if foreign.any():
+            raise InvalidValue("step.sequences", f"sequences of pool {self.pool_name}", int(ids[int(np.argmax(foreign))]))
+        self._batch_rows = (ids.tolist(), self.tables.placements, rows)
+        return rows
+
+    def finish(self, version: int, sequences: Iterable[int]) -> None:
+        """Step `version` has been run for these sequences. One of its sequences that is left out is never shared or moved: its
+        pages have a hole. An empty list skips the step."""
+        if version != self.step:
+            raise StaleStep(version, self.acked)
+        self._require_copied(version)
+        ran, step = dict.fromkeys(sequences), self._step_ids
+        for sequence in [each for each in step if each not in ran]:
+            self._broken[sequence] = None
+        lengths = self.tables.lengths[self.tables.rows(np.fromiter(step, np.int64))].tolist()
+        written = dict(zip(step, lengths, strict=True))
+        if self._broken:
+            written = {sequence: length for sequence, length in written.items() if sequence not in self._broken}
+        self._written.update(written)
+        self.step, self._step_ids, self._owed = 0, [], True
+        self.advance()
+
+    # --- copying -------------------------------------------------------------------------------------------------------------
+
+    def copies(self) -> Copies | None:
+        """Pages to copy now, before any step is run; None if there are none. Nothing newer is applied until `copied`. Ask again then."""
+        return self._copies
+
+    def copied(self, version: int) -> None:
+        """The copies of `version` have been carried out. Say so before the next acknowledgement only if no device is still at it."""
+        if self._copies is None or version != self._copies.version:
+            raise StaleStep(version, self.acked)
+        self._copies, self._owed = None, True
+        self._settle_copied()
+        self.advance()
+
+    def _require_copied(self, version: int) -> None:
+        if self._copies is not None and self._copies.version == version:
+            raise WrongState("step", version, "its copies carried out first", f"{len(self._copies.tokens)} copies to do")
+
+    def _settle_copied(self) -> None:
+        for sequence, tokens in self._after_copies.items():
+            if sequence not in self._broken:
+                self._written[sequence] = tokens
+        self._after_copies = {}
+
+    # --- pulling -------------------------------------------------------------------------------------------------------------
+
+    def pulls(self) -> list[Pull]:
+        """Handoffs into this pool whose pages are still to be copied, oldest first. An aborted one vanishes from the list."""
+        return list(self._pulls.values())
+
+    def begin_pull(self, handoff: int) -> None:
+        """Copying starts: until `pulled`, nothing newer is acknowledged, even if the handoff is aborted meanwhile."""
+        self._copying[handoff] = self._pulls[handoff].version
+
+    def pulled(self, handoff: int) -> None:
+        """Copying has ended: the pages are here and verified. If the handoff was aborted meanwhile, nothing is reported."""
+        self._copying.pop(handoff, None)
+        if self._pulls.pop(handoff, None) is not None:
+            self._pulled.append(handoff)
+
+    def pull_failed(self, handoff: int) -> None:
+        """Copying has ended without success, and will not be tried again here: nothing is reported, the handoff waits to be aborted."""
+        self._copying.pop(handoff, None)
+        self._pulls.pop(handoff, None)
+
+    # --- acknowledging -------------------------------------------------------------------------------------------------------
+
+    def ack(self) -> AckContent | None:
+        """What to acknowledge now; None if that would help nobody. Calling it means sending it.
+
+        An acknowledgement becomes an event that all replicas apply: answering each other's would never end. So one is due only after a
+        step, a pull, or an event that freed pages of this pool.
+        """
+        self._check_life()
+        version = self.version - 1 if self.step or self._copies is not None else self.version
+        # A pull in progress writes into this pool and reads another: nothing newer than its beginning is finished.
+        begun = [*(pull.version for pull in self._pulls.values()), *self._copying.values()]
+        version = min(version, *(each - 1 for each in begun)) if begun else version
+        size, reported, handing = self.page_size if self._written else 1, self._reported, self._handing
+        ids = [
+            each
+            for each, tokens in self._written.items()
+            if tokens // size > reported.get(each, 0) // size or (each in handing and tokens > reported.get(each, 0))
+        ]
+        if not ids and not self._pulled and not (self._owed and version > self.acked):
+            return None
+        self._owed = version < self.version
+        self.acked = max(self.acked, version)
+        for sequence in ids:
+            self._reported[sequence] = self._written[sequence]
+        pulled, self._pulled = self._pulled, []
+        as_of = max(self.acked, self.version) if ids else 0
+        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch, as_of)
+
+    def renewal(self) -> AckContent:
+        """An acknowledgement for the lease's sake, whether or not it helps anybody else."""
+        self._owed = True
+        return self.ack() or AckContent(self.acked, [], [], [], self.epoch)
+
+    # --- events --------------------------------------------------------------------------------------------------------------
+
+    def _apply(self, event: Any) -> list[int]:
+        """Apply one event; gives the sequences of this pool that it gives something to write."""
+        handler = _HANDLERS.get(type(event))
+        return (handler(self, event) if handler is not None else None) or []
+
+    def _own_growing(self) -> list[int]:
+        """Those of the last growth that are this pool's."""
+        tables = self.tables
+        ids, placements, own = self._growing
+        if ids is not tables.last_ids or placements != tables.placements:
+            own = self._own(tables.last_ids)
+            self._growing = tables.last_ids, tables.placements, own
+        return own
+
+    def _own(self, ids: np.ndarray) -> list[int]:
+        return ids[self.tables.pools[self.tables.rows(ids)] == self.pool].tolist() if self.pool >= 0 else []
+
+    def _on_pool(self, event: ev.PoolAdded) -> None:
+        self.pools.append(event)
+        if event.name == self.pool_name:
+            self.pool = event.pool
+
+    def _on_join(self, event: ev.WorkerJoined) -> None:
+        self.peers[event.worker] = Peer(event.worker, event.name, event.pool, event.layout, event.memory)
+
+    def _on_worker_end(self, event: ev.WorkerDead | ev.WorkerFenced) -> None:
+        self.peers.pop(event.worker, None)
+
+    def _on_worker_restored(self, event: ev.WorkerRestored) -> None:
+        if event.fenced:
+            self.peers.pop(event.worker, None)
+
+    def _on_open(self, event: ev.SequenceOpened) -> list[int]:
+        self.tables.open(event.sequence, event.pool, event.length, np.concatenate([event.cached, event.fresh]))
+        if event.pool != self.pool:
+            return []
+        if len(event.cached):  # whatever is in the index has been written
+            self._written[event.sequence] = self._reported[event.sequence] = len(event.cached) * self.page_size
+        there = len(event.cached) * self.page_size + event.copied
+        if event.copied:
+            self._after_copies[event.sequence] = there
+        return [event.sequence] if event.length > there else []
+
+    def _on_grow(self, event: ev.SequencesGrown) -> list[int]:
+        self.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
+        return self._own(event.ids)
+
+    def _on_grow_again(self, event: ev.GrownAgain) -> list[int]:
+        self.tables.grow_again(NO_PAGES, NO_PAGES)
+        return self._own_growing()
+
+    def _on_grow_further(self, event: ev.GrownFurther) -> list[int]:
+        self.tables.grow_again(event.at, event.pages)
+        return self._own_growing()
+
+    def _on_truncated(self, event: ev.SequencesTruncated) -> None:
+        self.tables.truncate(event.ids, event.lengths, event.page_counts, event.targets)
+        own = dict.fromkeys(self._own(event.ids))
+        self._owed |= bool(own)
+        for sequence, length, target in zip(event.ids.tolist(), event.lengths.tolist(), event.targets.tolist(), strict=True):
+            if sequence not in own:
+                continue
+            written = self._written.get(sequence, 0)
+            stays = length
+            if target >= 0:
+                stays = length // self.page_size * self.page_size
+                self._after_copies[sequence] = min(written, length)
+            if written > stays:
+                self._written[sequence] = stays
+            if self._reported.get(sequence, 0) > stays:
+                self._reported[sequence] = stays
+
+    def _on_forked(self, event: ev.SequenceForked) -> None:
+        pool = self.tables.pool_of(event.parent)
+        shared = self.tables.pages_of(event.parent)[: event.length // self.pools[pool].page_size]
+        for place, child in enumerate(event.children.tolist()):
+            self.tables.open(child, pool, event.length, np.concatenate([shared, event.fresh[place : place + 1]]))
+            if event.parent in self._broken:
+                self._broken[child] = None
+            elif pool == self.pool:
+                # A child whose last page is a copy has been written that far once the copy is there; the truncated parent likewise.
+                self._after_copies[child] = min(self._after_copies.get(event.parent, self._written.get(event.parent, 0)), event.length)
+
+    def _on_copied(self, event: ev.PagesCopied) -> None:
+        if event.pool == self.pool:
+            self._copies = Copies(self.version + 1, event.sources, event.targets, event.tokens)
+
+    def _on_publish(self, event: ev.PagesPublished) -> None:
+        # The swapped copies, if any, are free once acknowledged.
+        self._owed |= self.tables.pool_of(event.sequence) == self.pool
+        self.tables.swap(event.sequence, event.first, event.pages)
+
+    def _forget(self, sequence: int) -> None:
+        for table in (self._written, self._reported, self._handing, self._broken, self._after_copies):
+            table.pop(sequence, None)
+
+    def _on_close(self, event: ev.SequenceClosed) -> None:
+        self._owed |= self.tables.pool_of(event.sequence) == self.pool
+        self.tables.close(event.sequence)
+        self._forget(event.sequence)
+
+    def _on_index_dropped(self, event: ev.IndexDropped) -> None:
+        self._owed |= event.pool == self.pool
+
+    def _on_handoff_ended(self, event: ev.HandoffEnded) -> None:
+        self._owed = True  # the source's pages go to quarantine
+
+    def _on_begun(self, event: ev.HandoffBegun) -> None:
+        source = self.tables.pool_of(event.sequence)
+        empty = np.zeros(0, np.int32)
+        self._handoffs[event.handoff] = _Moving(event.sequence, source, event.target, empty, empty)
+        if source == self.pool:
+            self._handing[event.sequence] = None
+            self._reported.pop(event.sequence, None)  # what was said about another version may not have counted: say it all again
+
+    def _start_pull(self, handoff: int, version: int, source_pages: np.ndarray, length: int) -> None:
+        move = self._handoffs[handoff]
+        if move.target != self.pool:
+            return
+        # Latents are the same in every tensor-parallel worker: workers of the target spread over those of the source.
+        sources = sorted(worker for worker, peer in self.peers.items() if peer.pool == move.source)
+        if not sources:
+            return  # the abort is on its way
+        peer = self.peers[sources[handoff % len(sources)]]
+        shared, used = len(move.shared), div_ceil(length, self.page_size)  # pages reserved beyond the length hold nothing
+        pages = source_pages[shared:used].copy(), move.fresh[: used - shared]
+        self._pulls[handoff] = Pull(handoff, move.sequence, version, peer, *pages, shared)
+
+    def _on_moving(self, event: ev.HandoffMoving) -> None:
+        move = self._handoffs[event.handoff]
+        move.shared, move.fresh, move.moving = event.shared, event.fresh, True
+        self._start_pull(event.handoff, self.version + 1, self.tables.pages_of(move.sequence), self.tables.length(move.sequence))
+
+    def _on_resident(self, event: ev.HandoffResident) -> None:
+        move = self._handoffs.pop(event.handoff)
+        self._owed |= move.source == self.pool
+        length = self.tables.length(move.sequence)
+        self.tables.place(move.sequence, move.target, length, np.concatenate([move.shared, move.fresh]))
+        self._forget(move.sequence)
+        if move.target == self.pool:
+            self._written[move.sequence] = self._reported[move.sequence] = length
+
+    def _on_abort(self, event: ev.HandoffAborted) -> None:
+        move = self._handoffs.pop(event.handoff, None)
+        if move is not None:
+            self._owed |= move.moving and move.target == self.pool
+            self._handing.pop(move.sequence, None)
+        self._pulls.pop(event.handoff, None)
+        if event.handoff in self._pulled:
+            self._pulled.remove(event.handoff)
+
+    def _on_epoch(self, event: ev.EpochBegun) -> None:
+        self._owed = True  # free pages are held until every worker has acknowledged the new life
+
+    def _on_state_restored(self, event: ev.StateRestored) -> None:
+        self.tables.last_ids, self.tables.last_counts = event.last_ids, event.last_counts
+
+    def _on_sequence_restored(self, event: ev.SequenceRestored) -> None:
+        self.tables.open(event.sequence, event.pool, event.length, event.pages)
+
+    def _on_handoff_restored(self, event: ev.HandoffRestored) -> None:
+        if event.state == HandoffState.ABORTED:
+            return
+        pages = event.target_pages
+        move = _Moving(event.sequence, event.source, event.target, pages[: event.target_shared], pages[event.target_shared :])
+        self._handoffs[event.handoff] = move
+        if event.state == HandoffState.MOVING:
+            move.moving = True
+            self._start_pull(event.handoff, event.version, event.source_pages, event.length)
+
+
+_HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
+    ev.PoolAdded: Replica._on_pool,
+    ev.WorkerJoined: Replica._on_join,
+    ev.WorkerFenced: Replica._on_worker_end,
+    ev.WorkerDead: Replica._on_worker_end,
+    ev.WorkerRestored: Replica._on_worker_restored,
+    ev.IndexDropped: Replica._on_index_dropped,
+    ev.HandoffEnded: Replica._on_handoff_ended,
+    ev.SequenceOpened: Replica._on_open,
+    ev.SequencesGrown: Replica._on_grow,
+    ev.GrownAgain: Replica._on_grow_again,
+    ev.GrownFurther: Replica._on_grow_further,
+    ev.SequencesTruncated: Replica._on_truncated,
+    ev.SequenceForked: Replica._on_forked,
+    ev.PagesCopied: Replica._on_copied,
+    ev.PagesPublished: Replica._on_publish,
+    ev.SequenceClosed: Replica._on_close,
+    ev.HandoffBegun: Replica._on_begun,
+    ev.HandoffMoving: Replica._on_moving,
+    ev.HandoffResident: Replica._on_resident,
+    ev.HandoffAborted: Replica._on_abort,
+    ev.StateRestored: Replica._on_state_restored,
+    ev.SequenceRestored: Replica._on_sequence_restored,
+    ev.HandoffRestored: Replica._on_handoff_restored,
+    ev.EpochBegun: Replica._on_epoch,
+}
