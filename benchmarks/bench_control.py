@@ -31,10 +31,10 @@ import zmq
 from kvmanager.arrays import as_tokens, bytes_of
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.machine.apply import apply
+from kvmanager.machine.batch import EventBatch, decode_batch, encode_batch
 from kvmanager.machine.commands import Open, Step
 from kvmanager.machine.decide import decide
 from kvmanager.machine.draft import Draft
-from kvmanager.machine.events import EventBatch, decode_batch, encode_batch
 from kvmanager.machine.invariants import check_invariants
 from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.manager import KVManager

@@ -23,7 +23,7 @@ from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.log.history import History, PageWatch
 from kvmanager.log.journal import FSYNC, Journal
 from kvmanager.log.recovery import recover
-from kvmanager.machine.events import encode_batch
+from kvmanager.machine.batch import encode_batch
 from kvmanager.machine.snapshot import snapshot, state_digest
 from kvmanager.manager import KVManager
 
@@ -153,7 +153,7 @@ def bench_recovery(folder: Path, num_pages: int, steps: int) -> dict[str, float]
 def snapshot_only(bounds: ManagerConfig, where: str) -> float:
     """How long loading the newest segment's snapshot takes without the batches behind it."""
     from kvmanager.log.journal import Segment, segment_names
-    from kvmanager.machine.events import decode_batch
+    from kvmanager.machine.batch import decode_batch
     from kvmanager.machine.snapshot import load_snapshot
 
     name = segment_names(os.listdir(where))[-1]

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from kvmanager.machine.commands import Enqueue, Open, Pin
     from kvmanager.machine.preview import DryRun
     from kvmanager.machine.state import Notice
-    from kvmanager.manager import KVManager, Opened, Pinned, Refused, StepReply
+    from kvmanager.manager import KVManager
     from kvmanager.service.client import KVClient
     from kvmanager.service.server import Server
+    from kvmanager.surface import Opened, Pinned, Refused, StepReply
     from kvmanager.tables import BatchTables
     from kvmanager.worker.follower import Follower
     from kvmanager.worker.replica import Pull, Replica
@@ -55,15 +56,15 @@ _HOME = {
     "ManagerConfig": "config",
     "Notice": "machine.state",
     "Open": "machine.commands",
-    "Opened": "manager",
+    "Opened": "surface",
     "Pin": "machine.commands",
-    "Pinned": "manager",
+    "Pinned": "surface",
     "PoolConfig": "config",
     "Pull": "worker.replica",
-    "Refused": "manager",
+    "Refused": "surface",
     "Replica": "worker.replica",
     "Server": "service.server",
-    "StepReply": "manager",
+    "StepReply": "surface",
 }
 
 

@@ -18,7 +18,7 @@ STDLIB = sys.stdlib_module_names
 STATE_MACHINE = ("kvmanager.machine", "kvmanager.pages")
 # Inside the control plane each folder may import those before it, and what stands beside them all.
 FOLDERS = ("pages", "machine", "log", "service", "worker", "simulator", "replay")
-BESIDE = {"pages": (), "machine": (), "log": (), "service": ("manager",), "worker": ("manager",)}  # of the programs at the top
+BESIDE = {"pages": (), "machine": (), "log": (), "service": ("manager", "surface"), "worker": ("manager",)}  # of the programs at the top
 OUTSIDE_WORLD = {
     *("asyncio", "concurrent", "multiprocessing", "select", "selectors", "signal", "socket", "socketserver", "ssl", "subprocess"),
     *("threading", "_thread", "queue", "zmq"),

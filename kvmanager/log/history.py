@@ -18,6 +18,7 @@ from kvmanager.log.files import Files
 from kvmanager.log.journal import Segment, segment_names
 from kvmanager.machine import events as ev
 from kvmanager.machine.apply import apply
+from kvmanager.machine.batch import EventBatch, decode_batch
 from kvmanager.machine.pins import pages_of
 from kvmanager.machine.queries import pool_stats
 from kvmanager.machine.snapshot import load_snapshot
@@ -130,9 +131,9 @@ class PageWatch:
         self._open = {}
         self._note(state, state.version if known else 0)
 
-    def before(self, state: State, batch: ev.EventBatch) -> None: ...
+    def before(self, state: State, batch: EventBatch) -> None: ...
 
-    def after(self, state: State, batch: ev.EventBatch) -> None:
+    def after(self, state: State, batch: EventBatch) -> None:
         for event in batch.events:
             if not isinstance(event, _MOVE_NO_PAGE) and not (isinstance(event, ev.SequencesGrown) and not len(event.pages)):
                 self._note(state, batch.version)
@@ -170,13 +171,13 @@ class SequenceWatch:
 
     def start(self, state: State, known: bool) -> None: ...
 
-    def before(self, state: State, batch: ev.EventBatch) -> None:
+    def before(self, state: State, batch: EventBatch) -> None:
         if self.sequence in state.sequences and any(
             isinstance(event, ev.SequenceClosed) and event.sequence == self.sequence for event in batch.events
         ):
             self.last = describe_sequence(state, self.sequence)
 
-    def after(self, state: State, batch: ev.EventBatch) -> None:
+    def after(self, state: State, batch: EventBatch) -> None:
         for event in batch.events:
             if isinstance(event, ev.SequencesGrown):
                 if len(event.pages) and (event.ids == self.sequence).any():
@@ -335,14 +336,14 @@ class History:
         try:
             if self.state is None or self.state.version != segment.version:
                 known = segment.version == 0 and self.state is None
-                self.state = load_snapshot(_ANY_CONFIG, ev.decode_batch(bytes(segment.snapshot)))
+                self.state = load_snapshot(_ANY_CONFIG, decode_batch(bytes(segment.snapshot)))
                 if watch is not None:
                     watch.start(self.state, known)
             for record in segment:
                 if at is not None and record.version > at:
                     return
                 offset = record.offset
-                batch = ev.decode_batch(bytes(record.data))
+                batch = decode_batch(bytes(record.data))
                 if watch is not None:
                     watch.before(self.state, batch)
                 apply(self.state, batch)

@@ -11,7 +11,7 @@ from kvmanager.config import ManagerConfig, check_int
 from kvmanager.errors import BadMessage, InvariantBroken, JournalCorrupt, ReplicaGap, StaleEpoch
 from kvmanager.log.journal import Journal, Segment
 from kvmanager.machine.apply import apply
-from kvmanager.machine.events import decode_batch
+from kvmanager.machine.batch import decode_batch
 from kvmanager.machine.lives import check_ack
 from kvmanager.machine.snapshot import load_snapshot
 from kvmanager.machine.state import State

@@ -12,6 +12,7 @@ from kvmanager.errors import InvariantBroken
 from kvmanager.machine import events as ev
 from kvmanager.machine import lives
 from kvmanager.machine.admission import apply_opened
+from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.clients import apply_answered, apply_forgotten
 from kvmanager.machine.closing import apply_closed
 from kvmanager.machine.copies import apply_copied
@@ -41,7 +42,7 @@ from kvmanager.pages.pool import Pool
 __all__ = ["apply"]
 
 
-def apply(state: State, batch: ev.EventBatch, restoring: Restoring | None = None) -> None:
+def apply(state: State, batch: EventBatch, restoring: Restoring | None = None) -> None:
     """Change `state` by one batch. Batches come in version order; a snapshot's batch sets the version it was taken at."""
     in_order = batch.epoch == state.epoch and batch.version == state.version + 1
     if restoring is None and not in_order and not lives.begins_after(state, batch):

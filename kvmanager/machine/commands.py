@@ -1,22 +1,22 @@
 """Commands: what clients and workers ask for. Frozen values, typed and bounded when they are made, whoever makes them.
 
 `KVManager` and `KVClient` build the same objects, so bad input gets the same InvalidValue, naming the field, with or without a wire.
-On the wire a command is a map `{"t": kind, field: value}`; unknown fields are ignored (a newer client may send more).
+How they travel: `kvmanager.machine.command_wire`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from kvmanager.arrays import INT64_MAX, as_distinct_ids, as_tokens, ones
-from kvmanager.arrays import as_ids as _as_ids
+from kvmanager.arrays import INT64_MAX, as_distinct_ids, as_ids, as_tokens, ones
 from kvmanager.arrays import as_ints as _as_ints
 from kvmanager.config import MAX_SLOTS, check_int, check_name
-from kvmanager.errors import BadMessage, InvalidValue
+from kvmanager.errors import InvalidValue
+from kvmanager.machine.checks import as_pair, as_pairs, check_bytes, check_list
 from kvmanager.pages.eviction import PRIORITY_MAX, PRIORITY_MIN
 
 __all__ = [
@@ -33,8 +33,6 @@ __all__ = [
     "WorkerGone",
     "as_tokens",
     "check_prompt",
-    "command_from_wire",
-    "command_to_wire",
 ]
 
 TENANT_BYTES_MAX = 256
@@ -42,49 +40,6 @@ EXTRAS_MAX = 1024
 MEMORY_BYTES_MAX = 4096
 LEASE_MAX = 1 << 40  # milliseconds or versions
 Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
-
-
-def _check_bytes(name: str, value: object, longest: int) -> bytes:
-    if isinstance(value, str):
-        value = value.encode(errors="surrogatepass")
-    if not isinstance(value, bytes) or len(value) > longest:
-        raise InvalidValue(name, f"at most {longest} bytes", f"{len(value)} bytes" if isinstance(value, bytes) else type(value).__name__)
-    return value
-
-
-def _check_list(name: str, value: object) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise InvalidValue(name, "a list", type(value).__name__)
-    return list(value)
-
-
-def _pair(name: str, value: object) -> tuple[Any, Any]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise InvalidValue(name, "a pair", repr(value)[:80])
-    return value[0], value[1]
-
-
-def _as_pairs(name: str, value: object, high: int, default: int | None = None) -> np.ndarray:
-    """int64 [n, 2] of (id, number in 1..high) pairs, from an array, a list of pairs or little-endian bytes. With a default, ids alone."""
-    if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == 2:
-        value = value.reshape(-1)
-    elif isinstance(value, (list, tuple)):
-        flat: list[Any] = []
-        for number, item in enumerate(value):
-            alone = default is not None and isinstance(item, (int, np.integer)) and not isinstance(item, bool)
-            flat += (item, default) if alone else _pair(f"{name}[{number}]", item)
-        value = flat
-    elif isinstance(value, np.ndarray) and value.ndim == 1 and default is not None:
-        value = np.stack([value, np.full_like(value, default)], axis=1).reshape(-1)
-    elif not isinstance(value, bytes):
-        raise InvalidValue(name, "a list of pairs, or an int array of two columns", type(value).__name__)
-    array = _as_ids(name, value)
-    if len(array) % 2:
-        raise InvalidValue(name, "pairs", f"{len(array)} numbers")
-    pairs = array.reshape(-1, 2)
-    if len(pairs) and pairs[:, 1].max() > high:
-        raise InvalidValue(name, f"ints in 1..{high}", int(pairs[:, 1].max()))
-    return pairs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,8 +97,8 @@ def check_prompt(name: str, prompt: Any) -> None:
         check_name(f"{name}.group", prompt.group)
         if prompt.pool:
             raise InvalidValue(f"{name}.group", "a pool, or else a group", "both")
-    object.__setattr__(prompt, "tenant", _check_bytes(f"{name}.tenant", prompt.tenant, TENANT_BYTES_MAX))
-    object.__setattr__(prompt, "extra", _check_bytes(f"{name}.extra", prompt.extra, TENANT_BYTES_MAX))
+    object.__setattr__(prompt, "tenant", check_bytes(f"{name}.tenant", prompt.tenant, TENANT_BYTES_MAX))
+    object.__setattr__(prompt, "extra", check_bytes(f"{name}.extra", prompt.extra, TENANT_BYTES_MAX))
     if not isinstance(prompt.extras, (list, tuple)) or prompt.extras:
         object.__setattr__(prompt, "extras", _check_extras(f"{name}.extras", prompt.extras, len(tokens)))
 
@@ -151,13 +106,13 @@ def check_prompt(name: str, prompt: Any) -> None:
 def _check_extras(name: str, value: object, count: int) -> list[tuple[bytes, int, int]]:
     """(key, start, stop) each, sorted by start: their order says nothing."""
     ranges = []
-    items = _check_list(name, value)
+    items = check_list(name, value)
     if len(items) > EXTRAS_MAX:
         raise InvalidValue(name, f"at most {EXTRAS_MAX} ranges", len(items))
     for number, item in enumerate(items):
         if not isinstance(item, (list, tuple)) or len(item) != 3:
             raise InvalidValue(f"{name}[{number}]", "(key, start, stop)", repr(item)[:80])
-        key = _check_bytes(f"{name}[{number}]", item[0], TENANT_BYTES_MAX)
+        key = check_bytes(f"{name}[{number}]", item[0], TENANT_BYTES_MAX)
         if not key:
             raise InvalidValue(f"{name}[{number}]", "a key of at least one byte", "none")
         start = check_int(f"{name}[{number}]", item[1], 0, count - 1)
@@ -225,7 +180,7 @@ class Pin:
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "extras", _check_extras("pin.extras", self.extras, len(tokens)))
         for name in ("tenant", "extra", "session"):
-            object.__setattr__(self, name, _check_bytes(f"pin.{name}", getattr(self, name), TENANT_BYTES_MAX))
+            object.__setattr__(self, name, check_bytes(f"pin.{name}", getattr(self, name), TENANT_BYTES_MAX))
         check_int("pin.lease_ms", self.lease_ms, 0, LEASE_MAX)
         check_int("pin.lease_steps", self.lease_steps, 0, LEASE_MAX)
 
@@ -307,7 +262,7 @@ class Step:
 
 def _objects(name: str, cls: type) -> Callable[[object], list[Any]]:
     def check(value: object) -> list[Any]:
-        items = _check_list(name, value)
+        items = check_list(name, value)
         for item in items:
             if not isinstance(item, cls):
                 raise InvalidValue(name, f"{cls.__name__} objects", type(item).__name__)
@@ -317,43 +272,43 @@ def _objects(name: str, cls: type) -> Callable[[object], list[Any]]:
 
 
 def _ids(name: str) -> Callable[[object], np.ndarray]:
-    return lambda value: _as_ids(name, value)
+    return lambda value: as_ids(name, value)
 
 
 def _check_release(value: object) -> list[tuple[bytes, bytes]]:
     release = []
-    for number, item in enumerate(_check_list("step.release", value)):
-        pair = _pair(f"step.release[{number}]", item)
-        tenant, session = (_check_bytes(f"step.release[{number}]", each, TENANT_BYTES_MAX) for each in pair)
+    for number, item in enumerate(check_list("step.release", value)):
+        pair = as_pair(f"step.release[{number}]", item)
+        tenant, session = (check_bytes(f"step.release[{number}]", each, TENANT_BYTES_MAX) for each in pair)
         release.append((tenant, session))
     return release
 
 
 def _check_tokens(value: object) -> list[tuple[int, np.ndarray]]:
     tokens = []
-    for number, item in enumerate(_check_list("step.tokens", value)):
-        sequence, ids = _pair(f"step.tokens[{number}]", item)
+    for number, item in enumerate(check_list("step.tokens", value)):
+        sequence, ids = as_pair(f"step.tokens[{number}]", item)
         tokens.append((check_int(f"step.tokens[{number}]", sequence, 1, INT64_MAX), as_tokens(f"step.tokens[{number}]", ids)))
     return tokens
 
 
 def _check_hand_off(value: object) -> list[tuple[int, str]]:
     hand_off = []
-    for number, item in enumerate(_check_list("step.hand_off", value)):
-        sequence, pool = _pair(f"step.hand_off[{number}]", item)
+    for number, item in enumerate(check_list("step.hand_off", value)):
+        sequence, pool = as_pair(f"step.hand_off[{number}]", item)
         hand_off.append((check_int(f"step.hand_off[{number}]", sequence, 1, INT64_MAX), check_name(f"step.hand_off[{number}]", pool)))
     return hand_off
 
 
 def _check_truncate(value: object) -> np.ndarray:
-    truncate = _as_pairs("step.truncate", value, 1 << 24)
+    truncate = as_pairs("step.truncate", value, 1 << 24)
     if len(truncate) > 1 and len(np.unique(truncate[:, 0])) != len(truncate):
         raise InvalidValue("step.truncate", "each sequence once", "a sequence twice")
     return truncate
 
 
 def _check_fork(value: object) -> np.ndarray:
-    return _as_pairs("step.fork", value, MAX_SLOTS, default=1)
+    return as_pairs("step.fork", value, MAX_SLOTS, default=1)
 
 
 _NOTHING: tuple[()] = ()  # the default of a Step's fields
@@ -397,7 +352,7 @@ class Join:
         check_name("join.name", self.name)
         check_name("join.pool", self.pool)
         check_name("join.layout", self.layout)
-        object.__setattr__(self, "memory", _check_bytes("join.memory", self.memory, MEMORY_BYTES_MAX))
+        object.__setattr__(self, "memory", check_bytes("join.memory", self.memory, MEMORY_BYTES_MAX))
         check_int("join.lease_ms", self.lease_ms, 0, 86_400_000)
 
 
@@ -424,12 +379,12 @@ class Ack:
         check_int("ack.epoch", self.epoch, 0, INT64_MAX)
         check_int("ack.as_of", self.as_of, 0, INT64_MAX)
         check_int("ack.version", self.version, 0, INT64_MAX)
-        ids, tokens = _as_ids("ack.ids", self.ids), _as_ints("ack.tokens", self.tokens, "<i8", 0, 1 << 24)
+        ids, tokens = as_ids("ack.ids", self.ids), _as_ints("ack.tokens", self.tokens, "<i8", 0, 1 << 24)
         if len(ids) != len(tokens):
             raise InvalidValue("ack.tokens", f"{len(ids)} lengths, one for each sequence", len(tokens))
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "pulled", _as_ids("ack.pulled", self.pulled))
+        object.__setattr__(self, "pulled", as_ids("ack.pulled", self.pulled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,7 +422,7 @@ class SetQuota:
 
     def __post_init__(self) -> None:
         if self.tenant is not None:
-            object.__setattr__(self, "tenant", _check_bytes("quota.tenant", self.tenant, TENANT_BYTES_MAX))
+            object.__setattr__(self, "tenant", check_bytes("quota.tenant", self.tenant, TENANT_BYTES_MAX))
         if self.pages is not None:
             check_int("quota.pages", self.pages, 0, 2**31 - 1)
         check_name("quota.pool", self.pool, allow_empty=True)
@@ -481,77 +436,8 @@ class Flush:
     pool: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tenant", _check_bytes("flush.tenant", self.tenant, TENANT_BYTES_MAX))
+        object.__setattr__(self, "tenant", check_bytes("flush.tenant", self.tenant, TENANT_BYTES_MAX))
         check_name("flush.pool", self.pool, allow_empty=True)
 
 
 Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick | SetQuota | Flush
-_KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick, "quota": SetQuota, "flush": Flush}
-_ITEMS: dict[str, type] = {"opens": Open, "enqueue": Enqueue, "pin": Pin}  # lists of a step whose items are maps on the wire
-_NAMES = {cls: kind for kind, cls in _KINDS.items()}
-_FIELDS: dict[type, tuple[str, ...]] = {
-    cls: tuple(item.name for item in fields(cls) if item.init) for cls in (*_KINDS.values(), *_ITEMS.values())
-}
-
-
-_DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.default not in (MISSING, ())} for cls in _ITEMS.values()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tobytes()
-    if type(value) in _DEFAULTS:
-        defaults = _DEFAULTS[type(value)]
-        named = ((name, getattr(value, name)) for name in _FIELDS[type(value)])
-        return {name: _plain(each) for name, each in named if name not in defaults or each != defaults[name]}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-_STEADY_FIELDS = ("grow", "grow_counts", "seen", "victims")
-
-
-def command_to_wire(command: Command) -> dict[str, Any]:
-    """The map that `command_from_wire` turns back; empty fields, and those of items that are as by default, are left out."""
-    wire: dict[str, Any] = {"t": _NAMES[type(command)]}
-    for name in _STEADY_FIELDS if isinstance(command, Step) and command.steady else _FIELDS[type(command)]:
-        value = getattr(command, name)
-        if value is False or (isinstance(value, (np.ndarray, list, tuple, bytes)) and not len(value)):
-            continue
-        wire[name] = _plain(value)
-    if isinstance(command, Step) and len(command.grow_counts):
-        counts = command.grow_counts
-        if counts is ones(len(counts)) or (counts == 1).all():
-            del wire["grow_counts"]  # the steady decode step
-    if isinstance(command, Step) and not command.seen:
-        del wire["seen"]
-    return wire
-
-
-def command_from_wire(wire: object) -> Command:
-    """The command in a decoded message. Raises BadMessage or InvalidValue; allocates nothing that the message did not hold."""
-    if not isinstance(wire, Mapping):
-        raise BadMessage(f"command: expected a map, got {type(wire).__name__}")
-    kind = wire.get("t")
-    cls = _KINDS.get(kind) if isinstance(kind, str) else None
-    if cls is None:
-        raise BadMessage(f"command: expected t to be one of {', '.join(_KINDS)}, got {kind!r}"[:200])
-    values = {name: wire[name] for name in _FIELDS[cls] if name in wire}
-    if cls is Step:
-        for name, item_cls in _ITEMS.items():
-            if name in values:
-                values[name] = [_item_from_wire(f"step.{name}", item_cls, item) for item in _check_list(f"step.{name}", values[name])]
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise BadMessage(f"command {kind}: {error}"[:200]) from None
-
-
-def _item_from_wire(where: str, cls: type, wire: object) -> Any:
-    if not isinstance(wire, Mapping):
-        raise InvalidValue(where, "maps", type(wire).__name__)
-    try:
-        return cls(**{name: wire[name] for name in _FIELDS[cls] if name in wire})
-    except TypeError as error:
-        raise BadMessage(f"{where}: {error}"[:200]) from None

@@ -18,6 +18,7 @@ from kvmanager.errors import (
 from kvmanager.machine import clients, lives, pins
 from kvmanager.machine import events as ev
 from kvmanager.machine.admission import admit
+from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.closing import close, forget
 from kvmanager.machine.commands import Ack, Command, Flush, Join, SetQuota, Step, Tick, WorkerGone
 from kvmanager.machine.copies import decide_copies
@@ -39,7 +40,7 @@ __all__ = ["Decision", "carry_out", "decide"]
 class Decision(NamedTuple):
     """The batch to apply and publish, or None for a request that was answered before; and the reply's bytes."""
 
-    batch: ev.EventBatch | None
+    batch: EventBatch | None
     reply: bytes
 
 
@@ -62,7 +63,7 @@ def decide(state: State, command: Command, now_ms: int, client: int, number: int
     data = msgpack.packb(reply, use_bin_type=True)
     clients.forget_for(draft, client)
     draft.events.append(ev.ClientAnswered(client, number, len(notices), data))
-    return Decision(ev.EventBatch(state.epoch, draft.version, now_ms, draft.events), data)
+    return Decision(EventBatch(state.epoch, draft.version, now_ms, draft.events), data)
 
 
 def carry_out(state: State, command: Command, now_ms: int, client: int) -> tuple[Draft, dict[str, Any]]:

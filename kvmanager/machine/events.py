@@ -1,26 +1,14 @@
 """Events: the only thing that changes state. A batch of them is one version; its bytes are what is applied and published.
 
-Each event is a NamedTuple with a fixed code and fixed fields. On the wire it is `[code, *fields]` in msgpack; arrays are little-endian
-bytes. A code or a field that a reader does not know is an error, never skipped: skipping would make it diverge silently. So a new
-meaning gets a new event, and fields are never added to an old one.
+Each event is a NamedTuple of fixed fields; `batch` has their codes and bytes. A new meaning gets a new event, and fields are never added
+to an old one.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
+from typing import Annotated, NamedTuple, TypeAlias
 
-import msgpack
 import numpy as np
-
-from kvmanager.errors import BadMessage, InvariantBroken
-
-__all__ = ["EventBatch", "decode_batch", "encode_batch", "same_batch", "unpack"]
-
-I32 = np.dtype("<i4")
-I64 = np.dtype("<i8")
-# Up to this size a message is unpacked without a look ahead: arrays in arrays that lie about their lengths can claim a few megabytes at most.
-SMALL_BYTES = 1024
-
 
 Ints32: TypeAlias = Annotated[np.ndarray, "int32 [n]"]
 Ints64: TypeAlias = Annotated[np.ndarray, "int64 [n]"]
@@ -480,157 +468,3 @@ class LivesRestored(NamedTuple):
     begun: int
     epochs: Ints64
     lasts: Ints64
-
-
-# The code is the place in this list: append only.
-EVENTS: tuple[type, ...] = (
-    PoolAdded,
-    WorkerJoined,
-    WorkerAcked,
-    SequencesWritten,
-    WorkerFenced,
-    WorkerDead,
-    SequenceOpened,
-    SequencesGrown,
-    GrownAgain,
-    TokensAppended,
-    PagesPublished,
-    SequenceClosed,
-    PagesEvicted,
-    PagesReleased,
-    IndexDropped,
-    HandoffBegun,
-    HandoffSealed,
-    HandoffReserving,
-    HandoffMoving,
-    HandoffPulled,
-    HandoffResident,
-    HandoffAborted,
-    HandoffEnded,
-    ClientAnswered,
-    ClientForgotten,
-    StateRestored,
-    PoolRestored,
-    WorkerRestored,
-    NodesRestored,
-    LruRestored,
-    SequenceRestored,
-    HandoffRestored,
-    ClientRestored,
-    EpochBegun,
-    LivesRestored,
-    InFlightRestored,
-    GrownFurther,
-    PromptEnqueued,
-    PromptsDequeued,
-    PolicyRestored,
-    SequencesTruncated,
-    SequenceForked,
-    PagesCopied,
-    SequenceMarksRestored,
-    PinBegun,
-    PinsEnded,
-    ArrivalsRestored,
-    QuotaSet,
-    TenantFlushed,
-    AccountRestored,
-    ExtrasNamed,
-    CountersRestored,
-)
-_CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
-
-
-# For each event: the types of its row on the wire ([code, *fields]), and which of the fields are arrays of what.
-_DTYPES: dict[Any, np.dtype] = {Ints32: I32, Ints64: I64}
-_KINDS = {cls: tuple(get_type_hints(cls, include_extras=True).values()) for cls in EVENTS}
-_ROWS = {cls: [int, *(bytes if kind in _DTYPES else kind for kind in kinds)] for cls, kinds in _KINDS.items()}
-_ARRAYS = {cls: [(at, _DTYPES[kind]) for at, kind in enumerate(kinds, 1) if kind in _DTYPES] for cls, kinds in _KINDS.items()}
-
-
-class EventBatch(NamedTuple):
-    """One version: what happened, when (the manager's clock in ms), in which life of the manager."""
-
-    epoch: int
-    version: int
-    now_ms: int
-    events: list[Any]
-
-
-def _no_ext(code: int, data: bytes) -> object:
-    raise BadMessage(f"message: expected no extension types, got type {code}")
-
-
-def unpack(data: bytes | memoryview) -> Any:
-    """The one msgpack value in `data`. Raises BadMessage. Allocates for what is there, not for what a length field claims."""
-    try:
-        if len(data) > SMALL_BYTES:
-            # A walk that builds nothing: arrays in arrays, each claiming as many items as the whole message has bytes, end here.
-            walker = msgpack.Unpacker(max_buffer_size=len(data))
-            walker.feed(data)
-            walker.skip()
-        return msgpack.unpackb(data, raw=False, max_ext_len=0, ext_hook=_no_ext, strict_map_key=True)
-    except BadMessage:
-        raise
-    except Exception as error:  # noqa: BLE001 - msgpack raises a dozen kinds; all mean the same here
-        raise BadMessage(f"message: {type(error).__name__}: {error}"[:200]) from None
-
-
-def _pack(event: Any) -> list[Any]:
-    """The row of an event. Raises InvariantBroken unless unpacking it gives an equal event: same types, same dtypes, same values.
-
-    So the manager may apply the event itself instead of what its bytes decode to, and still nobody reads another log than it did.
-    """
-    cls = type(event)
-    row = [_CODE[cls], *event]
-    for at, dtype in _ARRAYS[cls]:
-        value = row[at]
-        if type(value) is not np.ndarray or value.ndim != 1 or (value.dtype is not dtype and value.dtype != dtype):
-            raise InvariantBroken(f"event {cls.__name__}: expected {dtype.name} [n] as field {at}, got {value!r}"[:200])
-        row[at] = value.tobytes()
-    if [*map(type, row)] != _ROWS[cls]:
-        raise InvariantBroken(f"event {cls.__name__}: expected {_ROWS[cls]}, got {[*map(type, row)]}"[:300])
-    return row
-
-
-def same_batch(one: EventBatch, other: EventBatch) -> bool:
-    """Whether they are equal to the last value and dtype."""
-    return one[:3] == other[:3] and len(one.events) == len(other.events) and all(map(_same, one.events, other.events))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
-        return False
-    for left, right in zip(one, other, strict=True):
-        if type(left) is not type(right):
-            return False
-        if isinstance(left, np.ndarray):
-            if left.dtype != right.dtype or not np.array_equal(left, right):
-                return False
-        elif left != right:
-            return False
-    return True
-
-
-def encode_batch(batch: EventBatch) -> bytes:
-    return msgpack.packb([batch.epoch, batch.version, batch.now_ms, [_pack(event) for event in batch.events]], use_bin_type=True)
-
-
-def decode_batch(data: bytes | memoryview) -> EventBatch:
-    """The batch in `data`. Raises BadMessage for anything that is not exactly one."""
-    message = unpack(data)
-    if type(message) is not list or [*map(type, message)] != [int, int, int, list]:
-        raise BadMessage("event batch: expected [epoch, version, now_ms, events]")
-    events: list[Any] = []
-    for row in message[3]:
-        if type(row) is not list or not row or type(row[0]) is not int or not 1 <= row[0] <= len(EVENTS):
-            raise BadMessage(f"event: expected [code, *fields] with a code in 1..{len(EVENTS)}")
-        cls = EVENTS[row[0] - 1]
-        if [*map(type, row)] != _ROWS[cls]:
-            expected, got = ([each.__name__ for each in kinds] for kinds in (_ROWS[cls], map(type, row)))
-            raise BadMessage(f"event {cls.__name__}: expected {expected}, got {got}"[:300])
-        for at, dtype in _ARRAYS[cls]:
-            if len(row[at]) % dtype.itemsize:
-                raise BadMessage(f"event {cls.__name__}: expected bytes of {dtype.name} as field {at}, got {len(row[at])} bytes")
-            row[at] = np.frombuffer(row[at], dtype)
-        events.append(tuple.__new__(cls, row[1:]))
-    return EventBatch(message[0], message[1], message[2], events)

@@ -14,6 +14,7 @@ import numpy as np
 from kvmanager.config import ManagerConfig
 from kvmanager.errors import JournalMismatch, StaleEpoch
 from kvmanager.machine import events as ev
+from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.state import State
 from kvmanager.pages.handoff import HandoffState
@@ -48,7 +49,7 @@ def follows(last: int, version: int) -> bool:
     return version in (last + 1, first_version(last))
 
 
-def begin_life(state: State, config: ManagerConfig, epoch: int) -> ev.EventBatch:
+def begin_life(state: State, config: ManagerConfig, epoch: int) -> EventBatch:
     """The batch that begins the next life of a recovered manager. Raises JournalMismatch, naming what `config` has changed."""
     for pool, ours in zip(state.pools, config.pools, strict=False):
         for name, before, now in (
@@ -78,10 +79,10 @@ def begin_life(state: State, config: ManagerConfig, epoch: int) -> ev.EventBatch
         and pool.tenant_quota != (state.pools[index].prefix.accounts.everybody if index < len(state.pools) else -1)
     ]
     begun = ev.EpochBegun(state.epoch, state.version, config.sequences_max)
-    return ev.EventBatch(max(epoch, state.epoch + 1), first_version(state.version), state.now_ms, [begun, *added, *quotas])
+    return EventBatch(max(epoch, state.epoch + 1), first_version(state.version), state.now_ms, [begun, *added, *quotas])
 
 
-def begins_after(state: State, batch: ev.EventBatch) -> bool:
+def begins_after(state: State, batch: EventBatch) -> bool:
     """Whether the batch begins the life that follows on `state`."""
     first = batch.events[0] if batch.events else None
     return (

@@ -14,7 +14,8 @@ import numpy as np
 
 from kvmanager.errors import InvalidValue, KVError, OutOfPages, error_from_wire
 from kvmanager.machine import events as ev
-from kvmanager.machine.commands import Step, command_from_wire
+from kvmanager.machine.command_wire import command_from_wire
+from kvmanager.machine.commands import Step
 from kvmanager.machine.decide import carry_out
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.placement import pages_wanted

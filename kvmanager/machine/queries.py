@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from kvmanager.errors import BadMessage, InvalidValue
+from kvmanager.machine.batch import encode_batch
 from kvmanager.machine.commands import TENANT_BYTES_MAX
-from kvmanager.machine.events import encode_batch
 from kvmanager.machine.explain import answer_explain
 from kvmanager.machine.pins import list_pins
 from kvmanager.machine.preview import answer_dry_run

@@ -16,6 +16,7 @@ from kvmanager.config import ManagerConfig
 from kvmanager.machine import events as ev
 from kvmanager.machine import lives
 from kvmanager.machine.apply import Restoring, apply
+from kvmanager.machine.batch import EventBatch, encode_batch
 from kvmanager.machine.pins import pages_of
 from kvmanager.machine.state import State
 from kvmanager.pages.pool import Pool
@@ -26,7 +27,7 @@ __all__ = ["load_snapshot", "snapshot", "state_digest", "tables_snapshot"]
 NODES_BYTES = 16 << 20  # token ids in one event of a snapshot, about
 
 
-def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
+def snapshot(state: State, *, with_index: bool = True) -> EventBatch:
     """Everything in `state`, in an order that depends on content alone: equal states give equal bytes."""
     events: list[Any] = []
     numbers: list[dict[Node, int]] = []
@@ -154,7 +155,7 @@ def snapshot(state: State, *, with_index: bool = True) -> ev.EventBatch:
             state.tables.last_counts,
         )
     )
-    return ev.EventBatch(state.epoch, state.version, state.now_ms, events)
+    return EventBatch(state.epoch, state.version, state.now_ms, events)
 
 
 def _index_events(pool: Pool, numbered: dict[Node, int]) -> Iterator[ev.NodesRestored]:
@@ -199,7 +200,7 @@ _SEEN_BY_REPLICAS = (
 )
 
 
-def tables_snapshot(state: State) -> ev.EventBatch:
+def tables_snapshot(state: State) -> EventBatch:
     """What a replica needs of a snapshot: tables, workers, handoffs. Neither the prefix index, which may be large, nor token ids."""
     full = snapshot(state, with_index=False)
     events = [
@@ -210,7 +211,7 @@ def tables_snapshot(state: State) -> ev.EventBatch:
     return full._replace(events=events)
 
 
-def load_snapshot(config: ManagerConfig, batch: ev.EventBatch) -> State:
+def load_snapshot(config: ManagerConfig, batch: EventBatch) -> State:
     """The state that a snapshot describes."""
     state = State(config)
     collecting = gc.isenabled()
@@ -225,4 +226,4 @@ def load_snapshot(config: ManagerConfig, batch: ev.EventBatch) -> State:
 
 def state_digest(state: State) -> str:
     """SHA-256 (hex) of the snapshot's bytes: equal if and only if two states are."""
-    return hashlib.sha256(ev.encode_batch(snapshot(state))).hexdigest()
+    return hashlib.sha256(encode_batch(snapshot(state))).hexdigest()

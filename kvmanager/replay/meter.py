@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.commands import Enqueue, Open
-from kvmanager.machine.events import EventBatch, PagesEvicted
-from kvmanager.manager import KVManager, StepReply
+from kvmanager.machine.events import PagesEvicted
+from kvmanager.manager import KVManager
 from kvmanager.replay.traces import TOKENS_MAX
+from kvmanager.surface import StepReply
 
 __all__ = ["ITEMS_MAX", "SAMPLES_MAX", "Counts", "Meter", "Series"]
 

@@ -22,9 +22,9 @@ import numpy as np
 
 from kvmanager.config import PoolConfig
 from kvmanager.errors import InvalidValue, InvariantBroken, OutOfPages, PrefixPending, SequenceTooLarge
-from kvmanager.manager import Opened
 from kvmanager.replay.meter import ITEMS_MAX, Meter
 from kvmanager.replay.traces import TokensOf, TracedRequest
+from kvmanager.surface import Opened
 
 __all__ = ["ConcurrentRun", "Load"]
 

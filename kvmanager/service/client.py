@@ -9,9 +9,10 @@ from typing import Any, Self
 import zmq
 
 from kvmanager.errors import BadMessage, InvalidValue, JournalFailed, KVError, ManagerUnreachable, StaleEpoch
-from kvmanager.machine.commands import Command, Step, command_to_wire
-from kvmanager.manager import Surface
+from kvmanager.machine.command_wire import command_to_wire
+from kvmanager.machine.commands import Command, Step
 from kvmanager.service import wire
+from kvmanager.surface import Surface
 
 __all__ = ["KVClient"]
 

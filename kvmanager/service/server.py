@@ -18,8 +18,8 @@ import msgpack
 import zmq
 
 from kvmanager.errors import BadMessage, InvalidValue, JournalFailed, KVError
-from kvmanager.machine.commands import command_from_wire
-from kvmanager.machine.events import EventBatch
+from kvmanager.machine.batch import EventBatch
+from kvmanager.machine.command_wire import command_from_wire
 from kvmanager.machine.queries import is_query
 from kvmanager.manager import KVManager
 from kvmanager.service import wire

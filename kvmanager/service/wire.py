@@ -19,7 +19,7 @@ import msgpack
 
 from kvmanager.config import check_int
 from kvmanager.errors import BadMessage, InvalidValue, KVError, error_from_wire
-from kvmanager.machine.events import unpack
+from kvmanager.machine.batch import unpack
 
 __all__ = [
     "BATCH_TOPIC",

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmanager.errors import Fenced, JournalFailed, KVError, ReplicaGap, StaleEpoch, StaleStep
-from kvmanager.machine.commands import Ack, Join, command_to_wire
+from kvmanager.machine.command_wire import command_to_wire
+from kvmanager.machine.commands import Ack, Join
 from kvmanager.machine.lives import first_version
 from kvmanager.service import wire
 from kvmanager.simulator.books import Broken, Chore, Work, Worker, demand

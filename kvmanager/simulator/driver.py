@@ -18,9 +18,10 @@ from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import KVError
 from kvmanager.machine import events as ev
 from kvmanager.machine.apply import apply
-from kvmanager.machine.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone, command_to_wire
+from kvmanager.machine.batch import EventBatch, decode_batch, encode_batch
+from kvmanager.machine.command_wire import command_to_wire
+from kvmanager.machine.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone
 from kvmanager.machine.decide import decide
-from kvmanager.machine.events import decode_batch, encode_batch
 from kvmanager.machine.preview import answer_dry_run
 from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.machine.state import State
@@ -59,7 +60,7 @@ class Driver:
         )
         self.now = 1000
         self.manager = KVManager(self.config, clock=lambda: self.now, checked=True)
-        self.received: list[tuple[ev.EventBatch, bytes]] = []
+        self.received: list[tuple[EventBatch, bytes]] = []
         self.manager.subscribe(lambda batch, data: self.received.append((batch, data)))
         self.replayed, first = new_state(self.config, 1)
         apply(self.replayed, decode_batch(encode_batch(first)))

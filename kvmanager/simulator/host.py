@@ -18,8 +18,9 @@ from kvmanager.config import ManagerConfig
 from kvmanager.errors import JournalCorrupt, JournalFailed, KVError
 from kvmanager.log.files import MemoryFiles, Stopped
 from kvmanager.log.journal import Journal, Segment, segment_names
-from kvmanager.machine.commands import Command, Tick, command_from_wire
-from kvmanager.machine.events import EventBatch
+from kvmanager.machine.batch import EventBatch
+from kvmanager.machine.command_wire import command_from_wire
+from kvmanager.machine.commands import Command, Tick
 from kvmanager.machine.queries import is_query
 from kvmanager.manager import KVManager
 from kvmanager.service import wire

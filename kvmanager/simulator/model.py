@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvmanager.config import ManagerConfig
-from kvmanager.machine import events as ev
+from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.state import State
 from kvmanager.simulator import books
 from kvmanager.simulator.books import PAGE, Broken, Chore, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
@@ -151,7 +151,7 @@ class Model:
 
     # --- the event stream ---
 
-    def read(self, batch: ev.EventBatch, turn: Turn) -> None:
+    def read(self, batch: EventBatch, turn: Turn) -> None:
         """Follow one batch."""
         self.version = batch.version
         self.taken.clear()

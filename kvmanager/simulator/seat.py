@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmanager.errors import KVError, StaleEpoch
-from kvmanager.machine.commands import Command, Step, command_to_wire
+from kvmanager.machine.command_wire import command_to_wire
+from kvmanager.machine.commands import Command, Step
 from kvmanager.simulator.books import PAGE, Move, Text
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.model import Model

@@ -14,8 +14,10 @@ from typing import Any
 
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import KVError
-from kvmanager.machine.commands import WorkerGone, command_to_wire
-from kvmanager.machine.events import EventBatch, WorkerJoined
+from kvmanager.machine.batch import EventBatch
+from kvmanager.machine.command_wire import command_to_wire
+from kvmanager.machine.commands import WorkerGone
+from kvmanager.machine.events import WorkerJoined
 from kvmanager.machine.snapshot import state_digest
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.body import Body

@@ -14,8 +14,8 @@ import msgpack
 
 from kvmanager.machine import events as ev
 from kvmanager.machine.apply import apply
+from kvmanager.machine.batch import EventBatch, decode_batch, encode_batch
 from kvmanager.machine.commands import Command, Step
-from kvmanager.machine.events import EventBatch, decode_batch, encode_batch
 from kvmanager.machine.invariants import check_invariants
 from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.machine.state import State

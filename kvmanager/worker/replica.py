@@ -15,6 +15,7 @@ import numpy as np
 
 from kvmanager.errors import InvalidValue, ReplicaGap, StaleEpoch, StaleStep, Unknown, WrongState
 from kvmanager.machine import events as ev
+from kvmanager.machine.batch import EventBatch, decode_batch
 from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.sequences import Tables
 from kvmanager.tables import BatchTables, div_ceil
@@ -97,7 +98,7 @@ class Replica:
         self.pools: list[ev.PoolAdded] = []
         self.pool = -1
         self.peers: dict[int, Peer] = {}
-        self._queue: deque[ev.EventBatch] = deque()
+        self._queue: deque[EventBatch] = deque()
         self._handoffs: dict[int, _Moving] = {}
         self._pulls: dict[int, Pull] = {}  # not yet finished
         self._copying: dict[int, int] = {}  # begun and not ended, aborted ones included: handoff -> version of its beginning
@@ -125,7 +126,7 @@ class Replica:
         A worker that has followed another log - of a manager that is gone with all it knew, or the end of this one, lost with its host -
         is stranded: nobody knows what is in its pages. From then on it raises StaleEpoch: drain, and join again with a new replica.
         """
-        batch = ev.decode_batch(data)
+        batch = decode_batch(data)
         lives = next((event for event in batch.events if isinstance(event, ev.LivesRestored)), None)
         past = dict(zip(lives.epochs.tolist(), lives.lasts.tolist(), strict=True)) if lives is not None else {}
         same = (batch.epoch == self.epoch and batch.version >= self.known) or self.known <= past.get(self.epoch, -1)
@@ -146,7 +147,7 @@ class Replica:
     def feed(self, data: bytes) -> None:
         """Take one event batch. Older ones are dropped; raises ReplicaGap if one is missing, or the manager restarted and this is not
         the very batch that continues."""
-        batch = ev.decode_batch(data)
+        batch = decode_batch(data)
         first = batch.events[0] if batch.events else None
         if isinstance(first, ev.EpochBegun) and (first.before, first.last) == (self.epoch, self.known):
             self.past[first.before] = first.last

@@ -20,8 +20,8 @@ import pytest
 from kvmanager.errors import JournalFailed, ManagerUnreachable, OutOfPages, PrefixPending
 from kvmanager.log.files import MemoryFiles
 from kvmanager.log.journal import Journal
+from kvmanager.machine.batch import decode_batch
 from kvmanager.machine.commands import Open
-from kvmanager.machine.events import decode_batch
 from kvmanager.machine.invariants import check_invariants
 from kvmanager.machine.snapshot import load_snapshot
 from kvmanager.manager import KVManager

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from kvmanager.config import ManagerConfig
+from kvmanager.machine.batch import decode_batch
 from kvmanager.machine.commands import Tick
-from kvmanager.machine.events import decode_batch
 from kvmanager.machine.snapshot import load_snapshot
 from kvmanager.machine.state import State
-from kvmanager.manager import KVManager, Opened, Surface
+from kvmanager.manager import KVManager
 from kvmanager.pages.pool import PoolCounts
 from kvmanager.service.client import KVClient
 from kvmanager.service.server import Server
+from kvmanager.surface import Opened, Surface
 
 MakeManager = Callable[..., Surface]
 

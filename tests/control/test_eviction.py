@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvmanager import Enqueue, KVManager, ManagerConfig, Open, PoolConfig
 from kvmanager.errors import InvalidValue, KVError, OutOfPages, TooMany, Unknown
 from kvmanager.machine import events as ev
+from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.pages.eviction import PRIORITY_MAX, PRIORITY_MIN
 from tests.control.conftest import Rig
@@ -103,7 +104,7 @@ def test_pages_go_in_the_order_of_the_model(day: list[tuple[Any, ...]]) -> None:
     worker = kv.join("w", "p", "bf16")
     cache, opened, waiting = Cache(), {}, {}
 
-    def follow(batch: ev.EventBatch, data: bytes) -> None:
+    def follow(batch: EventBatch, data: bytes) -> None:
         for event in batch.events:
             if isinstance(event, ev.PagesEvicted):
                 for page in event.pages.tolist():

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages, TooMany, Unknown, WrongState
 from kvmanager.machine import events as ev
+from kvmanager.machine.batch import EventBatch, decode_batch, encode_batch
 from kvmanager.machine.commands import Open
-from kvmanager.machine.events import decode_batch, encode_batch
 from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.manager import KVManager
 from tests.control.conftest import Rig, tokens
@@ -57,7 +57,7 @@ def test_the_copy_is_an_instruction_of_the_step() -> None:
     manager = KVManager(one_pool(), checked=True)
     manager.join("A0", "A", "bf16")
     parent = manager.open(tokens(20), "A", chunk=20).sequence
-    seen: list[ev.EventBatch] = []
+    seen: list[EventBatch] = []
     manager.subscribe(lambda batch, data: seen.append(batch))
     children = manager.fork(parent, 2)
     [copied] = [event for event in seen[0].events if isinstance(event, ev.PagesCopied)]
@@ -84,7 +84,7 @@ def test_fork_sees_the_truncation_of_its_step_and_copies_chain_to_the_first_sour
     parent = manager.open(tokens(48), "A", chunk=48).sequence
     manager.ack(worker, manager.state.version, ids=[parent], tokens=[48])
     source = int(manager.state.tables.pages_of(parent)[1])
-    seen: list[ev.EventBatch] = []
+    seen: list[EventBatch] = []
     manager.subscribe(lambda batch, data: seen.append(batch))
     reply = manager.step(truncate=[(parent, 20)], fork=[(parent, 2)])
     assert not reply.refused

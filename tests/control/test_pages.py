@@ -209,6 +209,7 @@ def test_pages_given_back_by_a_closing_item_serve_a_later_step_not_the_same(make
 def test_steady_decode_step_is_a_few_tens_of_bytes() -> None:
     """DESIGN.md, "on the wire": nobody crosses a page, so the log says only that the last growth happened again."""
     from kvmanager.machine import events as ev
+    from kvmanager.machine.batch import EventBatch
     from kvmanager.manager import KVManager
 
     manager = KVManager(one_pool(num_pages=512), checked=True)
@@ -216,7 +217,7 @@ def test_steady_decode_step_is_a_few_tens_of_bytes() -> None:
     reply = manager.step(opens=[Open([each + 1], "A", chunk=1) for each in range(256)])
     ids = np.array([each.sequence for each in reply.opened])
     manager.step(grow=ids)
-    seen: list[tuple[ev.EventBatch, bytes]] = []
+    seen: list[tuple[EventBatch, bytes]] = []
     manager.subscribe(lambda batch, data: seen.append((batch, data)))
     manager.step(grow=ids)
     batch, data = seen[0]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue
 from kvmanager.machine import events as ev
+from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.commands import Open
 from kvmanager.manager import KVManager
 from kvmanager.pages.neighbours import Neighbours, agreement
@@ -130,7 +131,7 @@ def test_the_copy_is_an_instruction_of_the_step_and_survives_nothing_else() -> N
     worker = manager.join("A0", "A", "bf16")
     first = manager.open(tokens(32), "A", chunk=32).sequence
     manager.ack(worker, manager.state.version, ids=[first], tokens=[32])
-    seen: list[ev.EventBatch] = []
+    seen: list[EventBatch] = []
     manager.subscribe(lambda batch, data: seen.append(batch))
     opened = manager.open(prompt(20, 5), "A")
     [copied] = [event for event in seen[0].events if isinstance(event, ev.PagesCopied)]

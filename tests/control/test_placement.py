@@ -9,7 +9,8 @@ import pytest
 
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages, PoolNotReady, SequenceTooLarge, Unknown
-from kvmanager.machine.commands import Open, command_from_wire, command_to_wire
+from kvmanager.machine.command_wire import command_from_wire, command_to_wire
+from kvmanager.machine.commands import Open
 from kvmanager.machine.commands import Step as StepCommand
 from tests.control.conftest import Rig, tokens
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from kvmanager.machine.apply import apply
-from kvmanager.machine.events import decode_batch
+from kvmanager.machine.batch import decode_batch
 from kvmanager.machine.snapshot import state_digest
 from kvmanager.manager import new_state
 from kvmanager.simulator import Driver, live_through

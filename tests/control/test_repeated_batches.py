@@ -11,8 +11,8 @@ import pytest
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages, Unknown
 from kvmanager.machine import events as ev
+from kvmanager.machine.batch import EventBatch, decode_batch, encode_batch, same_batch
 from kvmanager.machine.commands import Open
-from kvmanager.machine.events import EventBatch, decode_batch, encode_batch, same_batch
 from kvmanager.machine.snapshot import load_snapshot, state_digest
 from kvmanager.manager import KVManager
 from kvmanager.worker.replica import Replica

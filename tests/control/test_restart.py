@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import Fenced, InvalidValue, JournalMismatch, OutOfPages, ReplicaGap, StaleEpoch
 from kvmanager.log.files import MemoryFiles
+from kvmanager.machine.batch import decode_batch, encode_batch
 from kvmanager.machine.commands import Ack, Open, Step
-from kvmanager.machine.events import decode_batch, encode_batch
 from kvmanager.machine.lives import LIVES_MAX
 from kvmanager.machine.snapshot import load_snapshot, snapshot, state_digest
 from kvmanager.manager import KVManager

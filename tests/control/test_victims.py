@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import InvalidValue, OutOfPages
-from kvmanager.machine.commands import Open, Step, command_from_wire, command_to_wire
+from kvmanager.machine.command_wire import command_from_wire, command_to_wire
+from kvmanager.machine.commands import Open, Step
 from kvmanager.pages.arrivals import Arrivals
 from tests.control.conftest import Rig, tokens
 

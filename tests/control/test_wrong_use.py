@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from kvmanager.config import ManagerConfig, PoolConfig, config_from_mapping
 from kvmanager.errors import InvalidValue, KVError, LayoutMismatch, PoolNotReady, SequenceTooLarge, TooMany, Unknown, WrongState
-from kvmanager.machine.commands import Ack, Join, Open, Step, command_from_wire, command_to_wire
+from kvmanager.machine.command_wire import command_from_wire, command_to_wire
+from kvmanager.machine.commands import Ack, Join, Open, Step
 from tests.control.conftest import Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]

@@ -18,7 +18,8 @@ from kvmanager.examples.engine.demo import pages_at_rest, serve_prompts
 from kvmanager.examples.engine.engine import Engine, EngineConfig
 from kvmanager.examples.engine.oracle import Reference
 from kvmanager.examples.engine.request import Request, Stage
-from kvmanager.machine.events import WorkerJoined, decode_batch
+from kvmanager.machine.batch import decode_batch
+from kvmanager.machine.events import WorkerJoined
 
 PAGE = 16
 VOCAB = 512

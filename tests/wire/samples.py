@@ -9,10 +9,10 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from kvmanager.machine import events as ev
-from kvmanager.machine.events import EventBatch, encode_batch
+from kvmanager.machine.batch import EVENTS, EventBatch, encode_batch
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = [cls.__name__ for cls in ev.EVENTS]
+NAMES = [cls.__name__ for cls in EVENTS]
 
 
 def fields_of(cls: type) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 if __name__ == "__main__":  # python -m tests.wire.samples: writes golden bytes of events that have none yet, and changes none
-    for event_class in ev.EVENTS:
+    for event_class in EVENTS:
         path = GOLDEN / f"{event_class.__name__}.bin"
         if not path.exists():
             path.write_bytes(encode_batch(sample_batch(event_class)))

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmanager.errors import BadMessage, InvalidValue, KVError, OutOfPages, StaleStep, Unknown
-from kvmanager.machine.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone, command_from_wire, command_to_wire
+from kvmanager.machine.command_wire import command_from_wire, command_to_wire
+from kvmanager.machine.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone
 from kvmanager.service import wire
 
 INT64_MAX = 2**63 - 1

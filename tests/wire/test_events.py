@@ -12,8 +12,8 @@ import pytest
 from kvmanager.config import ManagerConfig, PoolConfig
 from kvmanager.errors import BadMessage
 from kvmanager.machine import events as ev
+from kvmanager.machine.batch import EVENTS, EventBatch, decode_batch, encode_batch
 from kvmanager.machine.commands import Open, Step
-from kvmanager.machine.events import EventBatch, decode_batch, encode_batch
 from kvmanager.manager import KVManager
 from tests.wire.samples import GOLDEN, NAMES, equal, random_event, sample_batch
 
@@ -26,11 +26,11 @@ def decodes(data: bytes) -> EventBatch | None:
         batch = decode_batch(data)
     except BadMessage:
         return None
-    assert isinstance(batch, EventBatch) and all(type(event) in ev.EVENTS for event in batch.events)
+    assert isinstance(batch, EventBatch) and all(type(event) in EVENTS for event in batch.events)
     return batch
 
 
-@pytest.mark.parametrize("cls", ev.EVENTS, ids=NAMES)
+@pytest.mark.parametrize("cls", EVENTS, ids=NAMES)
 def test_every_event_comes_back_as_it_was(cls: type) -> None:
     """DESIGN, one log, many readers: what is applied is what was encoded, to the last value and dtype."""
     rng = random.Random(cls.__name__)
@@ -43,7 +43,7 @@ def test_every_event_comes_back_as_it_was(cls: type) -> None:
         assert encode_batch(found) == data
 
 
-@pytest.mark.parametrize("cls", ev.EVENTS, ids=NAMES)
+@pytest.mark.parametrize("cls", EVENTS, ids=NAMES)
 def test_golden_bytes_have_not_changed(cls: type) -> None:
     """A journal written by an older version is read by a newer one: codes, fields and their order are for ever.
 
@@ -61,7 +61,7 @@ def test_every_golden_file_belongs_to_an_event() -> None:
 
 def test_every_truncation_is_a_bad_message() -> None:
     """Rule 5: half a batch is no batch, wherever it was cut. Nor is one with something behind it."""
-    data = encode_batch(sample_batch(*ev.EVENTS))
+    data = encode_batch(sample_batch(*EVENTS))
     for end in range(len(data)):
         assert decodes(data[:end]) is None, end
     assert decodes(data + b"\xc0") is None
@@ -69,7 +69,7 @@ def test_every_truncation_is_a_bad_message() -> None:
 
 def test_every_bit_flip_gives_a_batch_or_a_bad_message() -> None:
     """Rule 5: one wrong bit, anywhere in a batch of all events, raises nothing but BadMessage."""
-    data = encode_batch(sample_batch(*ev.EVENTS))
+    data = encode_batch(sample_batch(*EVENTS))
     refused = 0
     for at in range(len(data)):
         for bit in range(8):
@@ -100,7 +100,7 @@ def test_random_bytes_give_a_batch_or_a_bad_message() -> None:
         pytest.param([1, 1, 1, [b"\x19\x05"]], id="bytes-that-read-as-an-event"),
         pytest.param([1, 1, 1, [[]]], id="event-without-code"),
         pytest.param([1, 1, 1, [[0]]], id="code-0"),
-        pytest.param([1, 1, 1, [[len(ev.EVENTS) + 1]]], id="code-unknown"),
+        pytest.param([1, 1, 1, [[len(EVENTS) + 1]]], id="code-unknown"),
         pytest.param([1, 1, 1, [["9"]]], id="code-text"),
         pytest.param([1, 1, 1, [[True, 1]]], id="code-bool"),
         pytest.param([1, 1, 1, [[9, 0]]], id="field-too-many"),

@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from kvmanager.errors import BadMessage, KVError, ManagerUnreachable, ReplicaGap, Unknown
-from kvmanager.machine.events import EventBatch, decode_batch, encode_batch
+from kvmanager.machine.batch import EventBatch, decode_batch, encode_batch
 from kvmanager.machine.snapshot import load_snapshot
 from kvmanager.manager import KVManager
 from kvmanager.service import wire

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from kvmanager.errors import InvalidValue, KVError, ReplicaGap, StaleEpoch, StaleStep, Unknown
+from kvmanager.machine.batch import EventBatch, decode_batch, encode_batch
 from kvmanager.machine.commands import Tick
-from kvmanager.machine.events import EventBatch, LruRestored, NodesRestored, PoolRestored, decode_batch, encode_batch
+from kvmanager.machine.events import LruRestored, NodesRestored, PoolRestored
 from kvmanager.manager import KVManager
 from kvmanager.worker.replica import AckContent, Replica
 from tests.wire.conftest import config

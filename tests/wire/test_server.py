@@ -17,7 +17,8 @@ import pytest
 import zmq
 
 from kvmanager.errors import BadMessage, InvalidValue, KVError, ManagerUnreachable, Unknown
-from kvmanager.machine.commands import Open, Step, command_to_wire
+from kvmanager.machine.command_wire import command_to_wire
+from kvmanager.machine.commands import Open, Step
 from kvmanager.manager import KVManager
 from kvmanager.service import wire
 from kvmanager.service.client import KVClient
