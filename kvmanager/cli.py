@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from kvmanager.manager import KVManager
 from kvmanager.replay.command import replay
 from kvmanager.service.client import KVClient
 from kvmanager.service.server import Server
+from kvmanager.service.top import show
 from kvmanager.simulator.command import simulate
 
 __all__ = ["default_address", "load_config", "main"]
@@ -174,6 +176,18 @@ def stats(address: str | None, as_json: bool) -> None:
         click.echo(
             f"pool {name}: {counts} of {pages['total']} pages; {pool['sequences']} sequences, {len(pool['workers'])} workers{fenced}"
         )
+
+
+@main.command()
+@click.option("--address", help="The manager's request address. Default: a folder of this user.")
+@click.option("--interval", type=click.FloatRange(0.05, 3600), default=1.0, show_default=True, help="Seconds between looks.")
+@click.option("--count", type=click.IntRange(0), default=0, help="Look so many times; 0, the default, is until interrupted.")
+@click.option("--handoffs", type=click.IntRange(1, 10_000), default=20, show_default=True, help="The oldest so many are listed.")
+@click.option("--json", "as_json", is_flag=True, help="One line for each look, for programs.")
+def top(address: str | None, interval: float, count: int, handoffs: int, as_json: bool) -> None:
+    """Watch a running manager: pools, workers, handoffs."""
+    with KVClient(address or default_address("requests"), timeout_ms=2_000) as client, contextlib.suppress(KeyboardInterrupt):
+        show(client, interval_s=interval, count=count, handoffs=handoffs, as_json=as_json)
 
 
 @main.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -360,6 +360,17 @@ class Surface:
         """Pages of each pool by state, workers, handoffs; see `queries.pool_stats`."""
         return self._ask({"t": "stats"})
 
+    def workers(self) -> list[dict[str, Any]]:
+        """All workers: worker, name, pool, acked, behind (versions), lease_left_ms, fenced."""
+        return self._ask({"t": "workers"})["workers"]
+
+    def handoffs(self, limit: int = 1000) -> list[dict[str, Any]]:
+        """The oldest handoffs under way: handoff, sequence, state, source, target, tokens, pages, pages_shared, pulled, age (versions).
+
+        Raises InvalidValue (limit above 10,000).
+        """
+        return self._ask({"t": "handoffs", "limit": limit})["handoffs"]
+
     def snapshot(self) -> bytes:
         """The manager's state as the bytes of one event batch."""
         return self._ask({"t": "snapshot"})["snapshot"]

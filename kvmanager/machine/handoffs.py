@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import islice
+from typing import Any
+
 import numpy as np
 
 from kvmanager.errors import InvalidValue, InvariantBroken, LayoutMismatch, SequenceTooLarge, TooMany, Unknown, WrongState
@@ -28,6 +31,7 @@ __all__ = [
     "apply_resident",
     "apply_sealed",
     "hand_off",
+    "list_handoffs",
     "pulled",
     "settle_handoffs",
 ]
@@ -133,6 +137,25 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
         return
     fresh = pages.take(total - len(shared), account)
     draft.events.append(ev.HandoffMoving(handoff_id, shared, fresh))
+
+
+def list_handoffs(state: State, limit: int) -> list[dict[str, Any]]:
+    """The oldest handoffs that are not over, for people and programs. Ages are in versions since the last change of state."""
+    return [
+        {
+            "handoff": handoff.handoff_id,
+            "sequence": handoff.sequence_id,
+            "state": handoff.state.name.lower(),
+            "source": state.pools[handoff.source].name,
+            "target": state.pools[handoff.target].name,
+            "tokens": handoff.length,
+            "pages": len(handoff.target_pages),
+            "pages_shared": handoff.target_shared,
+            "pulled": len(handoff.pulled),
+            "age": state.version - handoff.version,
+        }
+        for handoff in islice(state.handoffs.values(), limit)
+    ]
 
 
 # --- apply -----------------------------------------------------------------------------------------------------------------------

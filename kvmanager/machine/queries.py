@@ -10,17 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from kvmanager.config import check_int
 from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.machine.batch import encode_batch
 from kvmanager.machine.commands import TENANT_BYTES_MAX
 from kvmanager.machine.explain import answer_explain
+from kvmanager.machine.handoffs import list_handoffs
 from kvmanager.machine.pins import list_pins
 from kvmanager.machine.preview import answer_dry_run
 from kvmanager.machine.snapshot import snapshot, tables_snapshot
 from kvmanager.machine.state import State
 from kvmanager.machine.tenants import list_tenants
+from kvmanager.machine.workers import list_workers
 
 __all__ = ["QUERIES", "answer", "is_query", "pool_stats"]
+
+HANDOFFS_LISTED = 10_000  # the most that one answer lists
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -73,6 +78,14 @@ def _tenants(state: State, message: Message, now_ms: int) -> dict[str, Any]:
     return {"tenants": list_tenants(state)}
 
 
+def _workers(state: State, message: Message, now_ms: int) -> dict[str, Any]:
+    return {"workers": list_workers(state, now_ms)}
+
+
+def _handoffs(state: State, message: Message, now_ms: int) -> dict[str, Any]:
+    return {"handoffs": list_handoffs(state, check_int("handoffs.limit", message.get("limit", HANDOFFS_LISTED), 1, HANDOFFS_LISTED))}
+
+
 # kind -> the function that reads its fields, checks them (InvalidValue naming the field) and answers
 QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {
     "stats": _stats,
@@ -82,6 +95,8 @@ QUERIES: dict[str, Callable[[State, Message, int], dict[str, Any]]] = {
     "dry_run": answer_dry_run,
     "tenants": _tenants,
     "explain": answer_explain,
+    "workers": _workers,
+    "handoffs": _handoffs,
 }
 
 

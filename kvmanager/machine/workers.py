@@ -17,7 +17,7 @@ from kvmanager.machine.state import State, Worker
 from kvmanager.machine.truncation import believed
 from kvmanager.pages.handoff import HandoffState
 
-__all__ = ["ack", "apply_acked", "apply_dead", "apply_fenced", "apply_joined", "apply_written", "gone", "join", "lose_pool"]
+__all__ = ["ack", "apply_acked", "apply_dead", "apply_fenced", "apply_joined", "apply_written", "gone", "join", "list_workers", "lose_pool"]
 
 
 def join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any]:
@@ -92,6 +92,22 @@ def lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
     if state.pools[pool].prefix.pages_indexed:
         draft.events.append(ev.IndexDropped(pool))
     return lost
+
+
+def list_workers(state: State, now_ms: int) -> list[dict[str, Any]]:
+    """All workers for people and programs: what they have acknowledged, how far behind that is, and what is left of their leases."""
+    return [
+        {
+            "worker": worker.worker_id,
+            "name": worker.name,
+            "pool": state.pools[worker.pool].name,
+            "acked": worker.acked,
+            "behind": state.version - worker.acked,
+            "lease_left_ms": 0 if worker.fenced else max(worker.deadline_ms - now_ms, 0),
+            "fenced": worker.fenced,
+        }
+        for worker in state.workers.values()
+    ]
 
 
 # --- apply -----------------------------------------------------------------------------------------------------------------------

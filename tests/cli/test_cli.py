@@ -187,6 +187,31 @@ def test_second_serve_at_the_same_address_is_refused(serve: Serve, run: Run, tmp
     assert serving.end() == (0, "")
 
 
+def test_top_shows_pools_workers_and_handoffs(serve: Serve, run: Run) -> None:
+    serving = serve("--pool", "name=prefill,num_pages=8,page_size=16", "--pool", "name=decode,num_pages=8,page_size=16")
+    with KVClient(serving.address) as client:
+        for pool in ("prefill", "decode"):
+            client.join(f"{pool}-0", pool, "layout")
+        sequence = client.open(list(range(40)), "prefill", chunk=40).sequence
+        handoff = client.hand_off(sequence, "decode")
+        done = run("top", "--json", "--count", "2", "--interval", "0.05", "--address", serving.address)
+        assert done.returncode == 0, done.stderr
+        first, second = map(json.loads, done.stdout.splitlines())
+        assert first["stats"] == second["stats"] == client.stats()
+        assert [(each["name"], each["pool"], each["fenced"]) for each in first["workers"]] == [
+            ("prefill-0", "prefill", False),
+            ("decode-0", "decode", False),
+        ]
+        assert [(each["handoff"], each["sequence"], each["state"], each["source"], each["target"]) for each in first["handoffs"]] == [
+            (handoff, sequence, "prefilling", "prefill", "decode")
+        ]
+        shown = run("top", "--count", "1", "--address", serving.address)
+        assert shown.returncode == 0, shown.stderr
+        for text in ("prefill-0", "decode-0", "prefilling", "1 handoffs under way", "3"):
+            assert text in shown.stdout
+    assert serving.end()[0] == 0
+
+
 def test_stats_of_nobody_is_one_line(run: Run, tmp_path: Path) -> None:
     """ManagerUnreachable, in words."""
     line = refused(run("stats", "--address", f"ipc://{tmp_path}/nobody"))
@@ -308,6 +333,7 @@ def test_default_folder_that_others_can_write_to_is_refused(run: Run, tmp_path: 
             ["serve", "--help"], ["--config", "--pool", "--address", "--publish", "--lease-ms", "--journal", "ManagerConfig"], id="serve"
         ),
         pytest.param(["stats", "--help"], ["--json", "--address"], id="stats"),
+        pytest.param(["top", "--help"], ["--json", "--interval", "--count"], id="top"),
         pytest.param(["inspect", "--help"], ["JOURNAL", "--at", "--page", "--sequence", "--pool", "--json"], id="inspect"),
     ],
 )
@@ -330,7 +356,7 @@ def test_every_command_has_a_help_test() -> None:
     """A new command gets its line above, or in the tests of its own."""
     from kvmanager.cli import main
 
-    assert sorted(main.commands) == ["demo", "inspect", "replay", "serve", "simulate", "stats"]
+    assert sorted(main.commands) == ["demo", "inspect", "replay", "serve", "simulate", "stats", "top"]
 
 
 def test_version_is_the_package_s(run: Run) -> None:
