@@ -20,6 +20,7 @@ I32 = np.dtype("<i4")
 I64 = np.dtype("<i8")
 # Up to this size a message is unpacked without a look ahead: arrays in arrays that lie about their lengths can claim a few megabytes at most.
 SMALL_BYTES = 1024
+PACKER_BYTES = 1 << 20
 
 # The code is the place in this list: append only.
 EVENTS: tuple[type, ...] = (
@@ -150,8 +151,15 @@ def _same(one: Any, other: Any) -> bool:
     return True
 
 
+_packer = msgpack.Packer(use_bin_type=True)  # making one takes longer than packing a decode step
+
+
 def encode_batch(batch: EventBatch) -> bytes:
-    return msgpack.packb([batch.epoch, batch.version, batch.now_ms, [_pack(event) for event in batch.events]], use_bin_type=True)
+    global _packer
+    data = _packer.pack([batch.epoch, batch.version, batch.now_ms, [_pack(event) for event in batch.events]])
+    if len(data) > PACKER_BYTES:
+        _packer = msgpack.Packer(use_bin_type=True)  # its buffer stays as large as its largest message
+    return data
 
 
 def decode_batch(data: bytes | memoryview) -> EventBatch:

@@ -185,7 +185,7 @@ class Pin:
         check_int("pin.lease_steps", self.lease_steps, 0, LEASE_MAX)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Step:
     """One scheduler step for the whole batch, in this order: close, abort, truncate, tokens, unpin, release, pin, hand_off, grow, fork,
     open, dequeue, enqueue.
@@ -232,32 +232,66 @@ class Step:
     seen: int = 0
     victims: bool = False
 
-    steady: bool = field(init=False, default=False, repr=False)  # nothing but growth
+    steady: bool = field(init=False, default=True, repr=False)  # nothing but growth
 
-    def __post_init__(self) -> None:
-        if self.seen:
-            check_int("step.seen", self.seen, 0, INT64_MAX)
-        elif type(self.seen) is not int:
-            raise InvalidValue("step.seen", f"an int in 0..{INT64_MAX}", repr(self.seen))
-        if not isinstance(self.victims, bool):
-            raise InvalidValue("step.victims", "true or false", repr(self.victims)[:80])
-        grow = as_distinct_ids("step.grow", self.grow)
-        counts = ones(len(grow)) if self.grow_counts is None else _as_ints("step.grow_counts", self.grow_counts, "<i8", 1, 1 << 24)
+    def __init__(
+        self,
+        opens: Any = (),
+        grow: Any = (),
+        grow_counts: Any = None,
+        close: Any = (),
+        tokens: Any = (),
+        hand_off: Any = (),
+        abort: Any = (),
+        dequeue: Any = (),
+        enqueue: Any = (),
+        truncate: Any = (),
+        fork: Any = (),
+        forget: Any = (),
+        pin: Any = (),
+        unpin: Any = (),
+        release: Any = (),
+        seen: int = 0,
+        victims: bool = False,
+    ) -> None:
+        # Most steps give two or three of the fields: what is not given is the class's, empty and checked once for all.
+        own = self.__dict__
+        if seen:
+            own["seen"] = check_int("step.seen", seen, 0, INT64_MAX)
+        elif type(seen) is not int:
+            raise InvalidValue("step.seen", f"an int in 0..{INT64_MAX}", repr(seen))
+        if victims is not False:
+            if not isinstance(victims, bool):
+                raise InvalidValue("step.victims", "true or false", repr(victims)[:80])
+            own["victims"] = victims
+        own["grow"] = grow = as_distinct_ids("step.grow", grow)
+        own["grow_counts"] = counts = (
+            ones(len(grow)) if grow_counts is None else _as_ints("step.grow_counts", grow_counts, "<i8", 1, 1 << 24)
+        )
         if len(counts) != len(grow):
             raise InvalidValue("step.grow_counts", f"{len(grow)} counts, one for each sequence", len(counts))
-        put = object.__setattr__
-        put(self, "grow", grow)
-        put(self, "grow_counts", counts)
-        steady = True
-        for name, (check, empty) in _STEP_FIELDS.items():
-            value = getattr(self, name)
-            if value is _NOTHING:  # as it is by default, and as it mostly stays
-                put(self, name, empty)
-            else:
-                value = check(value)
-                put(self, name, value)
-                steady = steady and not len(value)
-        put(self, "steady", steady)
+        if not (
+            opens
+            is close
+            is forget
+            is tokens
+            is hand_off
+            is abort
+            is dequeue
+            is enqueue
+            is truncate
+            is fork
+            is pin
+            is unpin
+            is release
+            is _NOTHING
+        ):
+            given = opens, close, forget, tokens, hand_off, abort, dequeue, enqueue, truncate, fork, pin, unpin, release
+            for (name, check), value in zip(_STEP_CHECKS, given, strict=True):
+                if value is not _NOTHING:
+                    own[name] = value = check(value)
+                    if len(value):
+                        own["steady"] = False
 
 
 def _objects(name: str, cls: type) -> Callable[[object], list[Any]]:
@@ -312,25 +346,25 @@ def _check_fork(value: object) -> np.ndarray:
 
 
 _NOTHING: tuple[()] = ()  # the default of a Step's fields
-# How each field of a Step is checked, and what it is if it is not given.
-_STEP_FIELDS: dict[str, tuple[Callable[[object], Any], Any]] = {
-    name: (check, check(_NOTHING) if isinstance(check(_NOTHING), np.ndarray) else ())
-    for name, check in (
-        ("opens", _objects("step.opens", Open)),
-        ("close", _ids("step.close")),
-        ("forget", _ids("step.forget")),
-        ("tokens", _check_tokens),
-        ("hand_off", _check_hand_off),
-        ("abort", _ids("step.abort")),
-        ("dequeue", _ids("step.dequeue")),
-        ("enqueue", _objects("step.enqueue", Enqueue)),
-        ("truncate", _check_truncate),
-        ("fork", _check_fork),
-        ("pin", _objects("step.pin", Pin)),
-        ("unpin", _ids("step.unpin")),
-        ("release", _check_release),
-    )
-}
+# How each field of a Step is checked that is not about growth, in the order of Step's `given`.
+_STEP_CHECKS: tuple[tuple[str, Callable[[object], Any]], ...] = (
+    ("opens", _objects("step.opens", Open)),
+    ("close", _ids("step.close")),
+    ("forget", _ids("step.forget")),
+    ("tokens", _check_tokens),
+    ("hand_off", _check_hand_off),
+    ("abort", _ids("step.abort")),
+    ("dequeue", _ids("step.dequeue")),
+    ("enqueue", _objects("step.enqueue", Enqueue)),
+    ("truncate", _check_truncate),
+    ("fork", _check_fork),
+    ("pin", _objects("step.pin", Pin)),
+    ("unpin", _ids("step.unpin")),
+    ("release", _check_release),
+)
+for _name, _check in _STEP_CHECKS:
+    if isinstance(_check(_NOTHING), np.ndarray):
+        setattr(Step, _name, _check(_NOTHING))
 
 
 @dataclass(frozen=True, slots=True)

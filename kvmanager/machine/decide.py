@@ -44,6 +44,9 @@ class Decision(NamedTuple):
     reply: bytes
 
 
+_PACK_VERSION = msgpack.Packer(use_bin_type=True).pack  # most replies are a version alone, and making a packer takes longer than that
+
+
 def stale_number(last: int, number: int) -> BadMessage:
     return BadMessage(f"request number: expected above {last}, got {number}")
 
@@ -60,7 +63,7 @@ def decide(state: State, command: Command, now_ms: int, client: int, number: int
     if notices:
         reply["notices"] = [list(notice) for notice in notices]
     reply["version"] = draft.version
-    data = msgpack.packb(reply, use_bin_type=True)
+    data = _PACK_VERSION(reply) if len(reply) == 1 else msgpack.packb(reply, use_bin_type=True)
     clients.forget_for(draft, client)
     draft.events.append(ev.ClientAnswered(client, number, len(notices), data))
     return Decision(EventBatch(state.epoch, draft.version, now_ms, draft.events), data)

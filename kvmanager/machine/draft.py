@@ -268,6 +268,7 @@ class Draft:
         self.closed_last: list[int] = []  # sequences whose end comes last in the batch
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}
+        self.begun: list[ev.HandoffBegun] = []
         self.extras = ExtrasDraft(state.extras, state.config.extras_max)
         self.dequeued: dict[int, None] = {}
         self.enqueued = 0
@@ -343,8 +344,8 @@ class Draft:
     def refuse_handed_off(self, sequence: Sequence) -> None:
         """Raises WrongState if a handoff reads the sequence's pages, or will: its table has to stay as it is."""
         active = sequence.handoff if sequence.handoff not in self.aborted else 0
-        for event in self.events if not active else ():
-            if isinstance(event, ev.HandoffBegun) and event.sequence == sequence.sequence_id:
+        for event in self.begun if not active else ():
+            if event.sequence == sequence.sequence_id:
                 active = event.handoff
         if active or sequence.holds:
             got = f"handoff {active}" if active else "an aborted handoff that may still read them"

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from kvmanager.arrays import ones
 from kvmanager.errors import InvalidValue, KVError, OutOfPages, SequenceTooLarge, Unknown, WrongState
 from kvmanager.machine import events as ev
 from kvmanager.machine.commands import Step
@@ -19,6 +18,8 @@ from kvmanager.machine.owners import note_place, note_publishable
 from kvmanager.machine.state import State
 from kvmanager.pages.accounts import Account
 from kvmanager.pages.handoff import HandoffState
+from kvmanager.pages.sequences import SLOT_MASK, Tables
+from kvmanager.pages.steady import Steady
 
 __all__ = ["apply_grown", "apply_grown_again", "apply_grown_further", "grow_same"]
 
@@ -29,9 +30,7 @@ def grow_same(draft: Draft, command: Step) -> bool:
     """Decide the growth if it repeats the last one and everybody gets theirs. False: nothing was decided."""
     state, tables = draft.state, draft.state.tables
     ids, counts = command.grow, command.grow_counts
-    if ids is not tables.last_ids and not np.array_equal(ids, tables.last_ids):
-        return False
-    if counts is not tables.last_counts and not np.array_equal(counts, tables.last_counts):
+    if not _repeats(tables, ids, counts):
         return False
     rows = tables.last_rows()
     if rows is None or draft.closed:
@@ -46,30 +45,15 @@ def grow_same(draft: Draft, command: Step) -> bool:
                 and handoff.state is not HandoffState.ABORTED
             ):
                 return False
-    lengths, have = tables.lengths[rows], tables.page_counts[rows]
-    if draft.cut:
-        draft.lay_cuts_over(ids, lengths, have)
-    lengths += counts
-    first = state.pools[0]
-    pools = tables.pools[rows] if len(state.pools) > 1 else None
-    sizes: Any = first.page_size
-    longest: Any = first.num_pages * first.page_size
-    if pools is not None:
-        sizes = np.array([pool.page_size for pool in state.pools], np.int64)[pools]
-        longest = int(np.minimum.reduce(np.array([pool.num_pages * pool.page_size for pool in state.pools])[pools]))
-    if np.maximum.reduce(lengths) > min(longest, state.config.sequence_tokens_max):
+    steady = _steady(state) if not draft.cut else _look(state, rows, counts, draft)
+    if steady.left <= 0:
         return False
-    room = have * sizes
-    room -= lengths
-    at = (room < 0).nonzero()[0]
+    at = steady.short()
     if len(at):
-        if counts is not ones(len(counts)):  # some may need several pages
-            needed = -(room[at] // (sizes if pools is None else sizes[at]))  # -1 // 64 is -1: one page
-            at = at.repeat(needed)
-        pages = _take(draft, at, None if pools is None else pools[at])
+        pages = _take(draft, ids, at, None if steady.pools is None else steady.pools[at])
         if pages is None:
             return False
-        draft.events.append(ev.GrownFurther(at.astype(np.int32), pages))
+        draft.events.append(ev.GrownFurther(at, pages))
     else:
         draft.events.append(ev.GrownAgain())
     if growing:
@@ -77,22 +61,87 @@ def grow_same(draft: Draft, command: Step) -> bool:
     return True
 
 
-def _take(draft: Draft, at: np.ndarray, pools: np.ndarray | None) -> np.ndarray | None:
-    """One page for each of `at`, in that order; None if a pool has not got them all, or has tenants with quotas."""
-    if any(pool.prefix.accounts.of for pool in draft.state.pools):
+def _repeats(tables: Tables, ids: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether these are the sequences and counts of the last growth. Arrays that were once found to be are known again at a glance."""
+    steady = tables.steady
+    if steady is not None and steady.asked[0] is ids and steady.asked[1] is counts:
+        return True
+    same = np.array_equal(ids, tables.last_ids) and np.array_equal(counts, tables.last_counts)
+    if same and steady is not None:
+        steady.asked = ids, counts
+    return same
+
+
+def _steady(state: State) -> Steady:
+    """The room of the sequences of the last growth, which are all open: looked up once, then kept beside the tables."""
+    tables = state.tables
+    if tables.steady is None or tables.steady.left <= 0:
+        tables.steady = _look(state, tables.last_ids & SLOT_MASK, tables.last_counts, None)
+    return tables.steady
+
+
+def _look(state: State, rows: np.ndarray, counts: np.ndarray, draft: Draft | None) -> Steady:
+    """The room of sequences as the tables have it, with what this step's truncations leave laid over it."""
+    tables = state.tables
+    lengths, have = tables.lengths[rows], tables.page_counts[rows]
+    if draft is not None:
+        draft.lay_cuts_over(tables.ids[rows], lengths, have)
+    first = state.pools[0]
+    pools: np.ndarray | None = None
+    sizes: Any = first.page_size
+    longest: Any = min(first.num_pages * first.page_size, state.config.sequence_tokens_max)
+    if len(state.pools) > 1:
+        pools = tables.pools[rows]
+        sizes = np.array([pool.page_size for pool in state.pools], np.int64)[pools]
+        longest = np.array([pool.num_pages * pool.page_size for pool in state.pools], np.int64)[pools]
+        longest = np.minimum(longest, state.config.sequence_tokens_max)
+    room = have * sizes - lengths
+    left = int(np.minimum.reduce((longest - lengths) // counts))
+    return Steady(counts, room, sizes, pools, left)
+
+
+def _take(draft: Draft, ids: np.ndarray, at: np.ndarray, pools: np.ndarray | None) -> np.ndarray | None:
+    """One page for each of `at`, in that order; None if a pool has not got them all, or a tenant's quota leaves it none without eviction."""
+    charges = _charges(draft, ids, at)
+    if charges is None:
         return None
     if pools is None:
         only = draft.pool(0)
-        return only.take(len(at), None) if only.can_take(len(at)) == len(at) else None
-    wanted = [(int(pool), pools == pool) for pool in np.unique(pools)]
-    for pool, mask in wanted:
-        count = int(np.count_nonzero(mask))
-        if draft.pool(pool).can_take(count) < count:
+        if only.can_take(len(at)) < len(at):
             return None
-    pages = np.empty(len(at), np.int32)
-    for pool, mask in wanted:
-        pages[mask] = draft.pool(pool).take(int(np.count_nonzero(mask)), None)
+        pages = only.take(len(at), None)
+    else:
+        wanted = [(int(pool), pools == pool) for pool in np.unique(pools)]
+        for pool, mask in wanted:
+            count = int(np.count_nonzero(mask))
+            if draft.pool(pool).can_take(count) < count:
+                return None
+        pages = np.empty(len(at), np.int32)
+        for pool, mask in wanted:
+            pages[mask] = draft.pool(pool).take(int(np.count_nonzero(mask)), None)
+    for account, (owner, count) in charges.items():
+        draft.pool(owner).make_room(count, account)
     return pages
+
+
+def _charges(draft: Draft, ids: np.ndarray, at: np.ndarray) -> dict[Account, tuple[int, int]] | None:
+    """Pages that tenants with a quota would get: account -> (pool, pages). None if one would have to give up pages for them, or has too many."""
+    state = draft.state
+    charges: dict[Account, tuple[int, int]] = {}
+    for pool in state.pools:
+        if pool.prefix.accounts.of:
+            break
+    else:
+        return charges
+    for sequence_id in ids[at].tolist():
+        sequence = state.sequences[sequence_id]
+        account = sequence.node.account
+        if account is not None:
+            charges[account] = sequence.pool, charges.get(account, (0, 0))[1] + 1
+    for account, (owner, count) in charges.items():
+        if account.pages + draft.pool(owner).charged.get(account, 0) + count > account.quota:
+            return None
+    return charges
 
 
 def grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
@@ -197,13 +246,17 @@ def _hand_out(state: State, rows: np.ndarray, pages: np.ndarray) -> None:
         state.pools[0].take(pages, None)
     else:
         pools = state.tables.pools[rows]
-        for pool in np.unique(pools).tolist():
-            state.pools[pool].take(pages[pools == pool], None)
-    if any(pool.prefix.accounts.of for pool in state.pools):
-        for sequence_id in state.tables.ids[rows].tolist():
-            account = state.sequences[sequence_id].node.account
-            if account is not None:
-                account.pages += 1
+        for index in np.unique(pools).tolist():
+            state.pools[index].take(pages[pools == index], None)
+    for pool in state.pools:
+        if pool.prefix.accounts.of:
+            break
+    else:
+        return
+    for sequence_id in state.tables.ids[rows].tolist():
+        account = state.sequences[sequence_id].node.account
+        if account is not None:
+            account.pages += 1
 
 
 def apply_grown(state: State, event: ev.SequencesGrown) -> None:
@@ -217,10 +270,7 @@ def apply_grown_again(state: State, event: ev.GrownAgain) -> None:
 
 
 def apply_grown_further(state: State, event: ev.GrownFurther) -> None:
-    rows = state.tables.last_rows()
-    if rows is not None:  # otherwise the tables say what is wrong
-        _hand_out(state, rows[event.at], event.pages)
-    state.tables.grow_again(event.at, event.pages)
+    _hand_out(state, state.tables.grow_again(event.at, event.pages), event.pages)
 
 
 def apply_appended(state: State, event: ev.TokensAppended) -> None:

@@ -42,7 +42,7 @@ def hand_off(draft: Draft, sequence_id: int, target_name: str) -> int:
     if not draft.alive(sequence_id):
         raise Unknown("sequence", sequence_id)
     sequence = state.sequences[sequence_id]
-    begun = [event for event in draft.events if isinstance(event, ev.HandoffBegun)]
+    begun = draft.begun
     active = sequence.handoff if sequence.handoff not in draft.aborted else 0
     if active or any(event.sequence == sequence_id for event in begun):
         raise WrongState("sequence", sequence_id, "one without an active handoff", f"handoff {active}")
@@ -60,7 +60,9 @@ def hand_off(draft: Draft, sequence_id: int, target_name: str) -> int:
     if len(state.handoffs) + len(begun) >= state.config.handoffs_max:
         raise TooMany("handoffs", state.config.handoffs_max)
     handoff_id = state.next_handoff + len(begun)
-    draft.events.append(ev.HandoffBegun(handoff_id, sequence_id, target.index))
+    event = ev.HandoffBegun(handoff_id, sequence_id, target.index)
+    begun.append(event)
+    draft.events.append(event)
     return handoff_id
 
 
@@ -90,6 +92,8 @@ def pulled(draft: Draft, handoff_id: int, worker: int, pool: int) -> None:
 def settle_handoffs(draft: Draft) -> None:
     """Handoffs go on as far as they can; aborted ones end once nobody can be reading for them."""
     state = draft.state
+    if not state.handoffs and not draft.begun:
+        return
     for handoff in state.handoffs.values():
         if handoff.state is HandoffState.ABORTED and draft.acked(handoff.target) >= handoff.version:
             draft.events.append(ev.HandoffEnded(handoff.handoff_id))
@@ -98,9 +102,8 @@ def settle_handoffs(draft: Draft) -> None:
     for handoff in state.handoffs.values():
         if handoff.state in waiting and handoff.handoff_id not in draft.aborted:
             _advance(draft, handoff.handoff_id, handoff.sequence_id, handoff.target, handoff.state)
-    for event in list(draft.events):
-        if isinstance(event, ev.HandoffBegun):
-            _advance(draft, event.handoff, event.sequence, event.target, HandoffState.PREFILLING)
+    for event in draft.begun:
+        _advance(draft, event.handoff, event.sequence, event.target, HandoffState.PREFILLING)
 
 
 def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: HandoffState) -> None:

@@ -13,13 +13,16 @@ import numpy as np
 
 from kvmanager.errors import InvariantBroken, Unknown
 from kvmanager.pages.prefix import Node
+from kvmanager.pages.steady import Steady
 from kvmanager.pages.token_ids import TokenIds
 from kvmanager.tables import BatchTables
 
-__all__ = ["SLOT_BITS", "Sequence", "Tables", "slot_of"]
+__all__ = ["SLOT_BITS", "SLOT_MASK", "Sequence", "Tables", "slot_of"]
 
 SLOT_BITS = 20
-_SLOT_MASK = (1 << SLOT_BITS) - 1
+SLOT_MASK = (1 << SLOT_BITS) - 1
+FEW = 8  # so many rows are written one by one in less time than numpy takes to be called half a dozen times
+NO_ROWS = np.zeros(0, np.int64)
 
 
 _counted = np.arange(4096)
@@ -35,7 +38,7 @@ def _counting(count: int) -> np.ndarray:
 
 def slot_of(sequence_id: int) -> int:
     """Table row of a sequence id."""
-    return sequence_id & _SLOT_MASK
+    return sequence_id & SLOT_MASK
 
 
 @dataclass(slots=True)
@@ -83,18 +86,34 @@ class Tables:
     def __init__(self) -> None:
         self.ids = np.zeros(64, np.int64)  # 0: the row is free
         self.pools = np.zeros(64, np.int32)
-        self.lengths = np.zeros(64, np.int64)
+        self._lengths = np.zeros(64, np.int64)
         self.page_counts = np.zeros(64, np.int64)
         self.pages = np.full((64, 8), -1, np.int32)
         self.last_ids = np.zeros(0, np.int64)  # of the last grow: a step that repeats it needs no ids on the wire
         self.last_counts = np.zeros(0, np.int64)
         self._last_rows: np.ndarray | None = None  # of last_ids, as long as none of them has been closed
+        self._repeats = 0  # of the last grow, which are not in `_lengths` yet
+        self.steady: Steady | None = None  # kept by whoever decides about growth, as long as it follows from the columns here
         self.placements = 0  # counts openings, closings and moves: as long as it stays, so do rows and pools of known ids
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64. A batch that grows as it grew last is only counted: whoever asks has it written here first."""
+        if self._repeats:
+            self._write_repeats()
+        return self._lengths
+
+    def _write_repeats(self) -> None:
+        rows = self.last_rows()
+        if rows is None:
+            raise InvariantBroken("tables: a sequence of the last grow was closed before its growth was written")
+        self._lengths[rows] += self.last_counts * self._repeats
+        self._repeats = 0
 
     def last_rows(self) -> np.ndarray | None:
         """Rows of the sequences of the last grow; None if one of them is not open any more."""
         if self._last_rows is None and self.known(self.last_ids).all():
-            self._last_rows = self.last_ids & _SLOT_MASK
+            self._last_rows = self.last_ids & SLOT_MASK
         return self._last_rows
 
     def rows(self, sequence_ids: np.ndarray) -> np.ndarray:
@@ -102,16 +121,16 @@ class Tables:
         known = self.known(sequence_ids)
         if not known.all():
             raise Unknown("sequence", int(sequence_ids[int(np.argmin(known))]))
-        return sequence_ids & _SLOT_MASK
+        return sequence_ids & SLOT_MASK
 
     def known(self, sequence_ids: np.ndarray) -> np.ndarray:
         """bool [n]: which ids are open."""
-        rows = sequence_ids & _SLOT_MASK
+        rows = sequence_ids & SLOT_MASK
         inside = rows < len(self.ids)
         return inside & (self.ids[np.where(inside, rows, 0)] == sequence_ids) & (sequence_ids > 0)
 
     def row(self, sequence_id: int) -> int:
-        slot = sequence_id & _SLOT_MASK
+        slot = sequence_id & SLOT_MASK
         if sequence_id <= 0 or slot >= len(self.ids) or self.ids[slot] != sequence_id:
             raise Unknown("sequence", sequence_id)
         return slot
@@ -161,7 +180,7 @@ class Tables:
             grow = new_slots - have_slots
             self.ids = np.concatenate([self.ids, np.zeros(grow, np.int64)])
             self.pools = np.concatenate([self.pools, np.zeros(grow, np.int32)])
-            self.lengths = np.concatenate([self.lengths, np.zeros(grow, np.int64)])
+            self._lengths = np.concatenate([self._lengths, np.zeros(grow, np.int64)])
             self.page_counts = np.concatenate([self.page_counts, np.zeros(grow, np.int64)])
 
     def open(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
@@ -170,10 +189,14 @@ class Tables:
         if self.ids[slot]:
             raise InvariantBroken(f"sequence {sequence_id}: row {slot} already holds {int(self.ids[slot])}")
         self.ids[slot] = sequence_id
-        self.place(sequence_id, pool, length, pages)
+        self._put(sequence_id, pool, length, pages)
 
     def place(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
-        """Give an open sequence another table: at open, and when a handoff makes it resident elsewhere."""
+        """Give an open sequence another table: a handoff makes it resident elsewhere."""
+        self.steady = None
+        self._put(sequence_id, pool, length, pages)
+
+    def _put(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
         row = self.row(sequence_id)
         self.placements += 1
         self._reserve(row + 1, max(1, len(pages)))
@@ -186,27 +209,39 @@ class Tables:
     def grow(self, sequence_ids: np.ndarray, counts: np.ndarray, page_counts: np.ndarray, pages: np.ndarray) -> None:
         """Lengths += counts; `page_counts[i]` of `pages` are appended to sequence i's table."""
         rows = self.rows(sequence_ids)
-        self.last_ids, self.last_counts, self._last_rows = sequence_ids, counts, rows
-        self._lengthen(rows, counts)
+        lengths = self.lengths[rows]  # with what is still to be written of the growth before
+        self.last_ids, self.last_counts, self._last_rows, self.steady = sequence_ids, counts, rows, None
+        self._lengths[rows] = lengths + counts
         if len(pages):
             self._append(np.repeat(rows, page_counts), pages)
 
-    def grow_again(self, at: np.ndarray, pages: np.ndarray) -> None:
-        """The same sequences by the same counts as the last grow; pages[i] is appended to the at[i]th of them, `at` ascending."""
+    def grow_again(self, at: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        """The same sequences by the same counts as the last grow; pages[i] is appended to the at[i]th of them, `at` ascending.
+
+        Gives the rows that the pages are appended to.
+        """
         rows = self.last_rows()
         if rows is None:
             raise InvariantBroken("grow again: a sequence of the last grow is not open any more")
-        self._lengthen(rows, self.last_counts)
-        if len(pages):
-            self._append(rows[at], pages)
-
-    def _lengthen(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        lengths = self.lengths[rows]
-        lengths += counts
-        self.lengths[rows] = lengths
+        self._repeats += 1
+        if self.steady is not None:
+            self.steady.repeat(at)
+        if not len(pages):
+            return NO_ROWS
+        rows = rows[at]
+        self._append(rows, pages)
+        return rows
 
     def _append(self, rows: np.ndarray, pages: np.ndarray) -> None:
         """One page more for each of `rows`; a row may stand there several times, one after the other."""
+        if len(rows) <= FEW:
+            for row, page in zip(rows.tolist(), pages.tolist(), strict=True):
+                place = self.page_counts.item(row)
+                if place >= self.pages.shape[1]:
+                    self._reserve(0, place + 1)
+                self.pages[row, place] = page
+                self.page_counts[row] = place + 1
+            return
         have = self.page_counts[rows]
         again = rows[1:] == rows[:-1]
         if np.count_nonzero(again):
@@ -222,6 +257,7 @@ class Tables:
     def truncate(self, sequence_ids: np.ndarray, lengths: np.ndarray, page_counts: np.ndarray, targets: np.ndarray) -> None:
         """New lengths; tables keep their first `page_counts[i]` pages, the last of which becomes targets[i] unless that is -1."""
         rows = self.rows(sequence_ids)
+        self.steady = None
         for index in np.flatnonzero(page_counts < self.page_counts[rows]):
             row = rows[index]
             self.pages[row, page_counts[index] : self.page_counts[row]] = -1
@@ -236,10 +272,11 @@ class Tables:
 
     def close(self, sequence_id: int) -> None:
         row = self.row(sequence_id)
-        self._last_rows = None
+        lengths = self.lengths
+        self._last_rows = self.steady = None
         self.placements += 1
         self.pages[row, : self.page_counts[row]] = -1
-        self.ids[row] = self.pools[row] = self.lengths[row] = self.page_counts[row] = 0
+        self.ids[row] = self.pools[row] = lengths[row] = self.page_counts[row] = 0
 
     def digest(self) -> bytes:
         """SHA-256 over all rows in slot order: equal in manager and replica at equal versions."""

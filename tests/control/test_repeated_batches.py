@@ -202,3 +202,60 @@ def test_lengths_tables_and_replica_agree_with_counting(seed: int) -> None:
             for name, each in worker.items():
                 own = [one for one in lengths if kv.state.pools[kv.state.sequences[one].pool].name == name]
                 kv.ack(each, kv.state.version, ids=own, tokens=[lengths[one] for one in own])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_repeated_batch_gets_what_it_gets_when_each_is_looked_at(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room that is carried on from step to step, and the room that the tables show: the same pages, refusals and log."""
+
+    def day(carried: bool) -> list[object]:
+        if not carried:
+            monkeypatch.setattr("kvmanager.machine.decide.grow_same", lambda draft, command: False)
+        rng = random.Random(seed)
+        config = ManagerConfig(pools=(PoolConfig("A", 60, page_size=8), PoolConfig("B", 90, page_size=4)), sequence_tokens_max=200)
+        kv = KVManager(config, checked=True)
+        workers = [kv.join(name, name, "bf16") for name in "AB"]
+        kv.set_quota(b"a", 25)
+        seen: list[object] = []
+        ids: list[int] = []
+        for step in range(250):
+            if step % 40 == 0:
+                opens = [
+                    Open(
+                        tokens(rng.randrange(1, 30), 100 * index),
+                        rng.choice("AB"),
+                        rng.choice((b"a", b"b")),
+                        chunk=99,
+                        wait=False,
+                        reserve=rng.choice((0, 50)),
+                    )
+                    for index in range(6)
+                ]
+                found = kv.step(opens=opens, close=ids)
+                ids = [each.sequence for each in found.opened if each is not None]
+                counts = [rng.choice((1, 3, 20)) for _ in ids] if rng.random() < 0.4 else [1] * len(ids)
+            cuts = [(each, max(1, kv.state.tables.length(each) - 2)) for each in ids if rng.random() < 0.1] if step % 7 == 0 else []
+            reply = kv.step(grow=np.array(ids, np.int64), grow_counts=counts, truncate=cuts)
+            for each in workers:
+                kv.ack(each, reply.version)
+            seen.append([(item.kind, item.index, item.error.code) for item in reply.refused])
+            seen.append([(kv.state.tables.length(each), kv.state.tables.pages_of(each).tolist()) for each in ids])
+        return seen
+
+    assert day(True) == day(False)
+
+
+def test_a_tenant_with_room_in_its_quota_repeats_its_batch_all_the_same() -> None:
+    kv = KVManager(CONFIG, checked=True)
+    kv.join("w", "A", "bf16")
+    kv.set_quota(b"", 5, "A")
+    log: list[EventBatch] = []
+    kv.subscribe(lambda batch, data: log.append(batch))
+    opens = [Open(tokens(15 + index, 100 * index), "A", chunk=30) for index in range(2)]
+    ids = np.array([each.sequence for each in kv.step(opens=opens).opened if each is not None])
+    del log[:]
+    while not (reply := kv.step(grow=ids)).refused:
+        pass
+    kinds = [type(batch.events[0]) for batch in log]
+    assert (kinds[0], kinds.count(ev.GrownFurther), kinds.count(ev.GrownAgain)) == (ev.SequencesGrown, 2, len(kinds) - 4)
+    assert [(item.index, item.error.code) for item in reply.refused] == [(0, "over_quota")] and kinds[-1] is ev.SequencesGrown
