@@ -88,7 +88,7 @@ def _page_ids(field: str, ids: Sequence[int] | np.ndarray, num_pages: int, low: 
 
 
 class PageMemory:
-    """The pages of one worker: `pages` is [num_pages, num_layers, page_size, entry] of the layout's dtype.
+    """The pages of one worker: `pages` is [num_pages, num_layers, page_size, storage_width] of the layout's storage_dtype.
 
     On the CPU they lie in POSIX shared memory so that another process can pull them; on CUDA in one plain allocation.
     """
@@ -100,8 +100,8 @@ class PageMemory:
         self.layout = layout
         self.num_pages = num_pages
         self.device = torch.device(device)
-        shape = (num_pages, layout.num_layers, layout.page_size, layout.entry)
-        dtype = getattr(torch, layout.dtype)
+        shape = (num_pages, layout.num_layers, layout.page_size, layout.storage_width)
+        dtype = getattr(torch, layout.storage_dtype)
         self._finalizer: weakref.finalize | None = None
         self._open = True
         if self.device.type == "cpu":
@@ -116,7 +116,7 @@ class PageMemory:
             raise InvalidValue("device", "cpu or cuda", self.device)
 
     def layer(self, index: int) -> Tensor:
-        """One layer's view, [num_pages, page_size, entry]; its page stride is that of all layers."""
+        """One layer's view, [num_pages, page_size, storage_width]; its page stride is that of all layers."""
         if not 0 <= index < self.layout.num_layers:
             raise InvalidValue("layer", f"0 to {self.layout.num_layers - 1}", index)
         return self.pages[:, index]
@@ -126,6 +126,7 @@ class PageMemory:
         self._require_open()
         common: dict[str, int | str | bytes] = {
             "fingerprint": self.layout.fingerprint,
+            "format": self.layout.format,
             "num_pages": self.num_pages,
             "bytes": self.num_pages * self.layout.page_bytes,
         }
@@ -164,7 +165,8 @@ class PageMemory:
             for source, destination in zip(src.tolist(), dst.tolist(), strict=True):
                 self._rows[destination] = peer._rows[source]
             return
-        theirs, ours = peer._pages.view(peer.num_pages, -1), self.pages.view(self.num_pages, -1)
+        # As bytes: torch does not index every dtype.
+        theirs, ours = (pages.view(torch.uint8).view(len(pages), -1) for pages in (peer._pages, self.pages))
         for start in range(0, len(src), PULL_PAGES_MAX):
             part = slice(start, start + PULL_PAGES_MAX)
             fetched = theirs.index_select(0, torch.from_numpy(src[part]).to(theirs.device)).to(self.device)
@@ -249,6 +251,8 @@ class PeerMemory:
         """Map a peer's memory. Every field is checked first: an export comes off the wire."""
         kind = _field(export, "kind", str)
         fingerprint = _field(export, "fingerprint", str)
+        if (stored := _field(export, "format", str)) != layout.format:  # the fingerprint says so too, but not what differs
+            raise LayoutMismatch("peer memory", layout.format, stored[:64])
         if fingerprint != layout.fingerprint:
             raise LayoutMismatch("peer memory", layout.fingerprint, fingerprint[:64])
         num_pages, num_bytes = _field(export, "num_pages", int), _field(export, "bytes", int)
@@ -292,5 +296,5 @@ def _open_cuda(export: dict[str, Any], layout: LatentLayout, num_pages: int, num
         _field(export, "event", bytes),
         bool(_field(export, "event_sync", int)),
     )
-    pages = torch.empty(0, dtype=getattr(torch, layout.dtype), device=f"cuda:{device}").set_(storage)
-    return pages.view(num_pages, layout.num_layers, layout.page_size, layout.entry)
+    pages = torch.empty(0, dtype=getattr(torch, layout.storage_dtype), device=f"cuda:{device}").set_(storage)
+    return pages.view(num_pages, layout.num_layers, layout.page_size, layout.storage_width)

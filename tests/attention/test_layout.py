@@ -20,7 +20,7 @@ def test_sizes_of_deepseek_v3() -> None:
     [
         ("page_size", 20), ("page_size", 0), ("page_size", 144), ("page_size", 64.0), ("kv_lora_rank", 500), ("kv_lora_rank", 1040),
         ("kv_lora_rank", True), ("qk_rope_head_dim", 0), ("qk_rope_head_dim", 272), ("num_layers", 0), ("num_layers", 1025),
-        ("dtype", "fp8"), ("dtype", None), ("rope_order", "neox"), ("rope_order", ["half"]),
+        ("dtype", "fp8"), ("dtype", None), ("dtype", "float8_e5m2"), ("scales", (1.0,)), ("scales", None), ("scales", 1.0), ("rope_order", "neox"), ("rope_order", ["half"]),
     ],
 )  # fmt: skip
 def test_wrong_value_is_named_with_its_limit(field: str, value: object) -> None:
@@ -46,6 +46,45 @@ def test_fingerprint_changes_with_every_field() -> None:
     ]
     assert len({layout.fingerprint for layout in [base, *others]}) == 7
     assert base.fingerprint == "6b53443ea49576bc"  # golden: peers of other versions compare it
+
+
+def test_sizes_of_the_eight_bit_formats() -> None:
+    """656 bytes a token, FlashMLA's and vLLM's figure; per tensor 576. A page is still one run of bytes."""
+    mixed = LatentLayout(512, 64, 61, dtype="fp8_ds_mla")
+    assert (mixed.entry, mixed.storage_width, mixed.storage_dtype, mixed.slot_bytes) == (576, 656, "uint8", 656)
+    assert mixed.page_bytes == 61 * 64 * 656 and mixed.value_dtype == "bfloat16" and mixed.is_fp8
+    plain = LatentLayout(256, 32, 2, dtype="float8_e4m3fn", scales=(0.5, 2))
+    assert (plain.storage_width, plain.storage_dtype, plain.slot_bytes, plain.value_dtype) == (288, "float8_e4m3fn", 288, "bfloat16")
+    assert [plain.scale_of(layer) for layer in (0, 1)] == [0.5, 2.0]
+    assert LatentLayout(256, 32, 2, dtype="float8_e4m3fn", scales=(0.5,)).scale_of(1) == 0.5
+    assert LatentLayout(256, 32, 2).scale_of(1) == 1.0
+
+
+@pytest.mark.parametrize(
+    "field,change",
+    [
+        ("dtype", {"dtype": "fp8_ds_mla", "kv_lora_rank": 256}),
+        ("dtype", {"dtype": "fp8_ds_mla", "qk_rope_head_dim": 32}),
+        ("scales", {"dtype": "fp8_ds_mla", "scales": (1.0,)}),
+        ("scales", {"dtype": "float8_e4m3fn"}),
+        ("scales", {"dtype": "float8_e4m3fn", "scales": (1.0, 1.0)}),
+        ("scales", {"dtype": "float8_e4m3fn", "scales": [1.0]}),
+        *(("scales", {"dtype": "float8_e4m3fn", "scales": (bad,)}) for bad in (0.0, -1.0, float("nan"), float("inf"), 2.0**61, True, "1")),
+    ],
+)
+def test_formats_and_scales_that_do_not_go_together_are_named(field: str, change: dict[str, object]) -> None:
+    """A scale where the format has none, none where it needs one, dimensions that the 656 bytes don't hold."""
+    with pytest.raises(InvalidValue) as caught:
+        dataclasses.replace(LatentLayout(512, 64, 61), **change)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_fingerprint_knows_the_format_and_each_scale() -> None:
+    """Latents under another scale are other numbers; one scale for all layers and the same one by layer are compared as they are written."""
+    base = LatentLayout(512, 64, 2)
+    fp8 = [dataclasses.replace(base, dtype="float8_e4m3fn", scales=scales) for scales in ((1.0,), (0.5,), (1.0, 0.5), (0.5, 1.0))]
+    layouts = [base, dataclasses.replace(base, dtype="fp8_ds_mla"), *fp8]
+    assert len({layout.fingerprint for layout in layouts}) == len({layout.format for layout in layouts}) == 6
 
 
 def test_layout_costs_no_torch() -> None:

@@ -1,5 +1,6 @@
 """Page memory, and pulling pages from another process through shared memory."""
 
+import dataclasses
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -147,10 +148,40 @@ def test_other_layout_is_refused() -> None:
         ours.pull(PeerMemory.open(theirs.export(), LAYOUT), [0], [0])
 
 
+FP8 = [LatentLayout(512, 64, 2, 16, "fp8_ds_mla"), LatentLayout(48, 16, 2, 16, "float8_e4m3fn", scales=(0.5, 0.25))]
+
+
+@pytest.mark.parametrize("layout", FP8, ids=lambda layout: layout.dtype)
+def test_pages_of_eight_bits_are_exported_pulled_and_copied_byte_for_byte(layout: LatentLayout) -> None:
+    """Every byte pattern is kept, those that are no numbers too."""
+    theirs, ours = PageMemory(layout, 5), PageMemory(layout, 4)
+    for memory in (theirs, ours):
+        memory.pages.view(torch.uint8).copy_(torch.randint(0, 256, memory.pages.view(torch.uint8).shape, dtype=torch.uint8))
+    want = ours.pages.view(torch.uint8).clone()
+    ours.pull(PeerMemory.open(theirs.export(), layout), [4, 1], [0, 2])
+    want[[0, 2]] = theirs.pages.view(torch.uint8)[[4, 1]]
+    ours.copy_pages([0], [3], [7])
+    want[3, :, :7] = want[0, :, :7]
+    assert torch.equal(ours.pages.view(torch.uint8), want)
+    assert theirs.export()["bytes"] == theirs.pages.view(torch.uint8).numel() == 5 * layout.page_bytes
+    assert ours.layer(1).shape == (4, 16, layout.storage_width)
+
+
+def test_other_formats_and_scales_are_refused_by_name() -> None:
+    """The same bytes a page, other numbers: the error says which formats met."""
+    layout = FP8[1]
+    other = dataclasses.replace(layout, scales=(0.5, 0.5))
+    memory = PageMemory(layout, 2)
+    with pytest.raises(LayoutMismatch, match=f"expected layout {other.format}, got {layout.format}"):
+        PeerMemory.open(memory.export(), other)
+    with pytest.raises(LayoutMismatch, match="bfloat16"):
+        PeerMemory.open(PageMemory(LatentLayout(512, 64, 2, 16), 2).export(), FP8[0])
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"kind": "tcp"}, {"kind": 3}, {"name": "../etc/passwd"}, {"name": "kvmanager-"}, {"name": b"x"}, {"name": None}, {"bytes": 1}, {"bytes": 2**60},
+        {"format": 5}, {"format": "bfloat16"}, {"kind": "tcp"}, {"kind": 3}, {"name": "../etc/passwd"}, {"name": "kvmanager-"}, {"name": b"x"}, {"name": None}, {"bytes": 1}, {"bytes": 2**60},
         {"num_pages": 0}, {"num_pages": -1}, {"num_pages": 3}, {"num_pages": True}, {"fingerprint": 5}, {"kind": "cuda_ipc"},
         {"num_pages": 4, "bytes": 4 * LAYOUT.page_bytes},
     ],
