@@ -20,8 +20,10 @@ __all__ = ["Engine", "EngineConfig"]
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One engine: n prefill workers and m decode workers, a pool of pages each.
+    """One engine: n prefill workers and m decode workers, or workers that do both; a pool of pages each.
 
+    devices        of the workers in the order of `pools()`, if they are not all on `device`
+    mixed_workers  workers that prefill and decode in the same steps, in pools of decode_pages: instead of the others, to compare
     page_size      token slots a page, one that the kernels take
     prefill_pages, decode_pages  pages of each worker's pool
     chunk_tokens   prompt tokens a prefill step computes at most
@@ -40,16 +42,26 @@ class EngineConfig:
     lease_ms: int = 10_000
     keep_logits: bool = False
     keep_latents: bool = False
+    mixed_workers: int = 0
+    devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("prefill_workers", "decode_workers", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidValue(name, "at least 1", getattr(self, name))
+        least = 0 if self.mixed_workers else 1
+        for name, low in (("prefill_workers", least), ("decode_workers", least), ("chunk_tokens", 1), ("mixed_workers", 0)):
+            if getattr(self, name) < low:
+                raise InvalidValue(name, f"at least {low}", getattr(self, name))
+        workers = self.prefill_workers + self.decode_workers + self.mixed_workers
+        if self.devices and len(self.devices) != workers:
+            raise InvalidValue("devices", f"one for each of {workers} workers, or none", len(self.devices))
         check_page_size(self.page_size)  # here, and not minutes later in a worker's log
 
     def pools(self) -> list[PoolConfig]:
-        """prefill0, prefill1, ..., decode0, decode1, ..."""
-        roles = (("prefill", self.prefill_workers, self.prefill_pages), ("decode", self.decode_workers, self.decode_pages))
+        """prefill0, prefill1, ..., decode0, decode1, ..., mixed0, ..."""
+        roles = (
+            ("prefill", self.prefill_workers, self.prefill_pages),
+            ("decode", self.decode_workers, self.decode_pages),
+            ("mixed", self.mixed_workers, self.decode_pages),
+        )
         return [PoolConfig(f"{role}{number}", pages, self.page_size, role) for role, count, pages in roles for number in range(count)]
 
 
@@ -70,11 +82,11 @@ class Engine:
             self._open.append(self.client.disconnect)
             channel = SchedulerChannel(self.fleet.scheduler_address)
             self._open.append(channel.close)
-            for pool in pools:
+            for pool, device in zip(pools, config.devices or [config.device] * len(pools), strict=True):
                 self.fleet.start_worker(
                     pool.name,
                     config.model,
-                    device=config.device,
+                    device=device,
                     dtype=config.dtype,
                     max_tokens=max(256, config.chunk_tokens),
                     lease_ms=config.lease_ms,
@@ -101,7 +113,7 @@ class Engine:
     def submit(self, prompt: list[int], max_new_tokens: int) -> Request:
         """Queue a prompt. Raises InvalidValue if it can never fit a pool."""
         needed = len(prompt) + max_new_tokens
-        slots = self.config.page_size * min(self.config.prefill_pages, self.config.decode_pages)
+        slots = self.config.page_size * min(pool.num_pages for pool in self.config.pools())
         if not prompt or needed > slots:
             raise InvalidValue("prompt", f"1..{slots} tokens, prompt and {max_new_tokens} new ones together", needed)
         return self.scheduler.submit(prompt, max_new_tokens)

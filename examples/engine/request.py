@@ -30,6 +30,7 @@ class Request:
 
     length    slots reserved and given to a worker to write, of prompt + generated
     told      token ids that the manager knows
+    token_times  when each generated token came, monotonic seconds
     logits    float32 bytes of each generated token's logits, if kept
     latents   (shape, float32 bytes) of its pages at the end, if asked for
     """
@@ -56,6 +57,7 @@ class Request:
     submitted: float = 0.0
     first_token: float = 0.0
     finished: float = 0.0
+    token_times: list[float] = field(default_factory=list)
     logits: list[bytes] = field(default_factory=list)
     latents: tuple[list[int], bytes] | None = None
 

@@ -48,11 +48,14 @@ class PoolState:
     """A worker as the scheduler sees it."""
 
     name: str
-    role: str  # "prefill" or "decode"
+    role: str  # "prefill", "decode" or "mixed", which is both
     worker: int = 0  # 0: not ready yet
     epoch: int = 0  # life of the manager in which it joined
     busy: int = 0  # version of the step it is running
     alive: bool = True
+
+    def does(self, role: str) -> bool:
+        return self.role in (role, "mixed")
 
 
 @dataclass(slots=True)
@@ -173,6 +176,7 @@ class Scheduler:
             if not request.generated:
                 request.first_token = time.monotonic()
             request.generated.append(token)
+            request.token_times.append(time.monotonic())
             if logits:
                 request.logits.append(logits[row * size : (row + 1) * size])
             if len(request.generated) >= request.max_new_tokens:
@@ -182,7 +186,7 @@ class Scheduler:
                 else:
                     self._end(request)
             elif request.stage is Stage.PREFILLING:
-                request.stage = Stage.PREFILLED
+                request.stage = Stage.DECODING if self.pools[request.pool].does("decode") else Stage.PREFILLED
 
     def _end(self, request: Request, error: str = "") -> None:
         request.stage = Stage.FAILED if error else Stage.FINISHED
@@ -221,10 +225,11 @@ class Scheduler:
             self._on_lost(sequence)
         self._fetch = True
         self.on_event(f"{pool.role} worker {pool.name} is dead; {len(lost)} sequences lost with it are computed again")
-        if not any(each.alive and each.role == pool.role for each in self.pools.values()):
-            for request in self.requests:
-                if not request.over:
-                    self._end(request, f"no {pool.role} worker is left")
+        for role in ("prefill", "decode"):
+            if not any(each.alive and each.does(role) for each in self.pools.values()):
+                for request in self.requests:
+                    if not request.over:
+                        self._end(request, f"no {role} worker is left")
 
     # --- one step ------------------------------------------------------------------------------------------------------------
 
@@ -233,7 +238,7 @@ class Scheduler:
         return [each for each in self.requests if each.pool == name and not each.over and (not stages or each.stage in stages)]
 
     def _idle_pools(self, role: str) -> list[PoolState]:
-        return [pool for pool in self.pools.values() if pool.role == role and pool.alive and pool.worker and not pool.busy]
+        return [pool for pool in self.pools.values() if pool.does(role) and pool.alive and pool.worker and not pool.busy]
 
     def _plan(self) -> _Plan:
         plan = _Plan(fetch=self._fetch)
@@ -250,7 +255,7 @@ class Scheduler:
                     request.told += count
         waiting = [request for request in self.requests if request.stage is Stage.WAITING]
         for pool in self._idle_pools("prefill"):
-            budget = self.chunk_tokens
+            budget = self.chunk_tokens - sum(request.pool == pool.name for request, _ in plan.grow)  # those that decode in the same step
             for request in self._in_pool(pool.name, Stage.PREFILLING):
                 count = min(len(request.tokens) - request.length, budget)
                 if count > 0:
@@ -265,7 +270,7 @@ class Scheduler:
 
     def _decode_pool(self) -> str:
         """The decode pool with the fewest sequences; empty if none is alive."""
-        alive = [pool.name for pool in self.pools.values() if pool.role == "decode" and pool.alive and pool.worker]
+        alive = [pool.name for pool in self.pools.values() if pool.does("decode") and pool.alive and pool.worker]
         loads = {name: sum(name in (each.pool, each.target) and not each.over for each in self.requests) for name in alive}
         return min(alive, key=lambda name: loads[name]) if alive else ""
 

@@ -104,6 +104,23 @@ def test_the_next_turn_shares_generated_text(engine: Engine, checkpoint: Path) -
     assert_served(engine, checkpoint, requests)
 
 
+def test_workers_that_prefill_and_decode_in_the_same_steps(checkpoint: Path) -> None:
+    """What bench_disaggregation compares with: no page moves, prompts take turns with running sequences, and the text is the same."""
+    config = EngineConfig(
+        checkpoint, prefill_workers=0, decode_workers=0, mixed_workers=2, page_size=PAGE, chunk_tokens=32, keep_latents=True
+    )
+    with Engine(config) as engine:
+        requests, _ = serve_prompts(engine, [prompt(20 * number + 1, number) for number in range(8)], 12)
+        assert {request.pool for request in requests} == {"mixed0", "mixed1"}
+        assert sum(request.pages_moved for request in requests) == 0
+        assert_served(engine, checkpoint, requests)
+
+
+def test_devices_are_named_for_each_worker_or_for_none(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match=r"^devices: expected one for each of 2 workers, or none, got 1$"):
+        EngineConfig(tmp_path, devices=("cpu",))
+
+
 def test_layer_0_is_bitwise_transformers_cache_after_the_move(checkpoint: Path) -> None:
     """Alone and in transformers' own chunks (the whole prompt, then one token a step) the same rows are computed in the same shapes: the
     bytes in the decode worker's pages are then the very bits that transformers caches, so a swapped or stale slot cannot hide."""
