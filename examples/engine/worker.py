@@ -206,6 +206,8 @@ def main(
     lease_ms: int,
     keep_logits: bool,
 ) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # kernels are launched on the current device, not on that of their arguments
     torch.set_num_threads(1)  # several workers share the host's cores; OpenMP threads that wait for each other by spinning do not
     channel = WorkerChannel(scheduler, pool)
     try:
