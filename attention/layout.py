@@ -139,3 +139,12 @@ class LatentLayout:
             f" page_size={self.page_size} dtype={self.format} rope_order={self.rope_order}"
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def content_fingerprint(self) -> str:
+        """As `fingerprint`, without the page size: what must agree between memories whose pages differ in size, since slots are regathered."""
+        text = (
+            f"kvmanager-content-1 kv_lora_rank={self.kv_lora_rank} qk_rope_head_dim={self.qk_rope_head_dim} num_layers={self.num_layers}"
+            f" dtype={self.format} rope_order={self.rope_order}"
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "BadMessage",
+    "ChecksumMismatch",
     "Fenced",
     "Internal",
     "InvalidValue",
@@ -26,11 +27,13 @@ __all__ = [
     "OverQuota",
     "PoolNotReady",
     "PrefixPending",
+    "PullFailed",
     "ReplicaGap",
     "SequenceTooLarge",
     "StaleEpoch",
     "StaleStep",
     "TooMany",
+    "TransportUnavailable",
     "Unknown",
     "WrongState",
     "error_from_wire",
@@ -202,6 +205,40 @@ class LayoutMismatch(KVError):
         super().__init__(f"{what}: expected layout {expected}, got {got}", what=what, expected=expected, got=got)
 
 
+class TransportUnavailable(KVError):
+    """No way to move pages between two workers, or not the one that was asked for. `details["reason"]` says what to install or set."""
+
+    code = "transport_unavailable"
+
+    def __init__(self, transport: str, reason: str) -> None:
+        super().__init__(f"transport {transport}: {reason}"[:2000], transport=transport, reason=reason[:1900])
+
+
+class PullFailed(KVError):
+    """Pages did not arrive. The transfer has ended: nothing writes into the target pages any more, whatever lies in them."""
+
+    code = "pull_failed"
+
+    def __init__(self, transport: str, reason: str) -> None:
+        super().__init__(f"pull over {transport}: {reason}"[:500], transport=transport, reason=reason[:400])
+
+
+class ChecksumMismatch(PullFailed):
+    """Pages arrived with other bytes than their source had. `page` is the source's page id."""
+
+    code = "checksum_mismatch"
+
+    def __init__(self, transport: str, page: int, expected: int, got: int) -> None:
+        KVError.__init__(
+            self,
+            f"pull over {transport}: page {page}: expected checksum {expected:016x}, got {got:016x}",
+            transport=transport,
+            page=page,
+            expected=f"{expected:016x}",
+            got=f"{got:016x}",
+        )
+
+
 class Fenced(KVError):
     """The worker's lease ended or its epoch is void: it must stop touching pages, drain and join again."""
 
@@ -291,6 +328,9 @@ _BY_CODE: dict[str, type[KVError]] = {
         TooMany,
         PoolNotReady,
         LayoutMismatch,
+        TransportUnavailable,
+        PullFailed,
+        ChecksumMismatch,
         Fenced,
         StaleStep,
         StaleEpoch,

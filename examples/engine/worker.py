@@ -161,7 +161,7 @@ class Worker:
             try:
                 peer = self.peers.get(pull.peer.worker)
                 if peer is None:
-                    peer = self.peers[pull.peer.worker] = PeerMemory.open(msgpack.unpackb(pull.peer.memory), self.memory.layout)
+                    peer = self.peers[pull.peer.worker] = self.memory.open_peer(msgpack.unpackb(pull.peer.memory))
                 self.memory.pull(peer, pull.source_pages, pull.target_pages)
             except (KVError, OSError, RuntimeError) as error:  # the source may have died this moment: that is its end, not ours
                 self.replica.pull_failed(pull.handoff)

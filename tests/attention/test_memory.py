@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgpack
 import pytest
 import torch
 
 from kvmanager.attention.layout import LatentLayout
-from kvmanager.attention.memory import PageMemory, PeerMemory
+from kvmanager.attention.memory import PageMemory
 from kvmanager.errors import InvalidValue, KVError, LayoutMismatch, WrongState
 
 LAYOUT = LatentLayout(32, 16, 3, 16, "float16")
 
 
 def segment_of(export: dict[str, Any]) -> str:
-    return f"/dev/shm/{export['name']}"
+    return f"/dev/shm/{export['transports']['shm']['name']}"
 
 
 def owner(pipe: Connection) -> None:
@@ -33,8 +34,8 @@ def owner(pipe: Connection) -> None:
 
 
 def reader(export: dict[str, Any]) -> None:
-    peer = PeerMemory.open(export, LAYOUT)
     memory = PageMemory(LAYOUT, 2)
+    peer = memory.open_peer(export)
     memory.pull(peer, [1], [0])
     os._exit(0 if bool((memory.pages[0] == 1).all()) else 1)
 
@@ -54,10 +55,10 @@ def remote() -> Iterator[tuple[Any, Connection, dict[str, Any]]]:
 def test_pull_brings_exactly_the_pages_asked_for(remote: tuple[Any, Connection, dict[str, Any]]) -> None:
     """All layers of each page, in the order given; every other page stays as it was. What crosses the pipe is plain ints, strings and bytes."""
     _, pipe, export = remote
-    assert all(type(value) in (int, str, bytes) for value in export.values())
+    assert msgpack.unpackb(msgpack.packb(export)) == export and len(msgpack.packb(export)) < 1024
     memory = PageMemory(LAYOUT, 9)
     memory.pages.fill_(float("nan"))
-    peer = PeerMemory.open(export, LAYOUT)
+    peer = memory.open_peer(export)
     memory.pull(peer, [19, 0, 7], [1, 8, 3])
     memory.pull(peer, [], [])
     for page, value in ((1, 19), (8, 0), (3, 7)):
@@ -67,7 +68,7 @@ def test_pull_brings_exactly_the_pages_asked_for(remote: tuple[Any, Connection, 
     assert pipe.recv() == "closed"
     memory.pull(peer, [5], [0])  # the mapping outlives the owner's close; whether the pages still mean anything is the manager's to know
     with pytest.raises(InvalidValue, match=r"^name: expected the shared memory of a live peer"):
-        PeerMemory.open(export, LAYOUT)
+        memory.open_peer(export)
     peer.close()
     with pytest.raises(WrongState):
         memory.pull(peer, [5], [0])
@@ -83,7 +84,8 @@ def test_reader_that_exits_does_not_take_the_owner_s_memory_with_it() -> None:
     process.join(60)
     assert process.exitcode == 0
     assert os.path.exists(segment_of(export))
-    PeerMemory.open(export, LAYOUT).close()
+    reading = PageMemory(LAYOUT, 1)
+    reading.open_peer(export).close()
     memory.close()
     memory.close()
     assert not os.path.exists(segment_of(export))
@@ -133,19 +135,19 @@ def test_more_than_the_host_has_is_an_error_not_a_crash() -> None:
 )  # fmt: skip
 def test_pull_refuses_ids_that_are_not_pages(src: Any, dst: Any, field: str) -> None:
     theirs, ours = PageMemory(LAYOUT, 4), PageMemory(LAYOUT, 3)
-    peer = PeerMemory.open(theirs.export(), LAYOUT)
+    peer = ours.open_peer(theirs.export())
     with pytest.raises(InvalidValue, match=f"^{field}: "):
         ours.pull(peer, src, dst)
 
 
 def test_other_layout_is_refused() -> None:
     """Also one of equal size that lists k_pe in another order."""
-    other = LatentLayout(32, 16, 3, 16, "float16", "half")
-    theirs, ours = PageMemory(LAYOUT, 2), PageMemory(other, 2)
+    theirs, ours = PageMemory(LAYOUT, 2), PageMemory(LatentLayout(32, 16, 3, 16, "float16", "half"), 2)
     with pytest.raises(LayoutMismatch):
-        PeerMemory.open(theirs.export(), other)
-    with pytest.raises(LayoutMismatch):
-        ours.pull(PeerMemory.open(theirs.export(), LAYOUT), [0], [0])
+        ours.open_peer(theirs.export())
+    other = PageMemory(LAYOUT, 2)
+    with pytest.raises(InvalidValue, match=r"^peer: expected a peer that this memory opened"):
+        other.pull(PageMemory(LAYOUT, 2).open_peer(theirs.export()), [0], [0])
 
 
 FP8 = [LatentLayout(512, 64, 2, 16, "fp8_ds_mla"), LatentLayout(48, 16, 2, 16, "float8_e4m3fn", scales=(0.5, 0.25))]
@@ -158,7 +160,7 @@ def test_pages_of_eight_bits_are_exported_pulled_and_copied_byte_for_byte(layout
     for memory in (theirs, ours):
         memory.pages.view(torch.uint8).copy_(torch.randint(0, 256, memory.pages.view(torch.uint8).shape, dtype=torch.uint8))
     want = ours.pages.view(torch.uint8).clone()
-    ours.pull(PeerMemory.open(theirs.export(), layout), [4, 1], [0, 2])
+    ours.pull(ours.open_peer(theirs.export()), [4, 1], [0, 2], expected=theirs.checksums([4, 1]))
     want[[0, 2]] = theirs.pages.view(torch.uint8)[[4, 1]]
     ours.copy_pages([0], [3], [7])
     want[3, :, :7] = want[0, :, :7]
@@ -173,17 +175,19 @@ def test_other_formats_and_scales_are_refused_by_name() -> None:
     other = dataclasses.replace(layout, scales=(0.5, 0.5))
     memory = PageMemory(layout, 2)
     with pytest.raises(LayoutMismatch, match=f"expected layout {other.format}, got {layout.format}"):
-        PeerMemory.open(memory.export(), other)
+        PageMemory(other, 2).open_peer(memory.export())
     with pytest.raises(LayoutMismatch, match="bfloat16"):
-        PeerMemory.open(PageMemory(LatentLayout(512, 64, 2, 16), 2).export(), FP8[0])
+        PageMemory(FP8[0], 2).open_peer(PageMemory(LatentLayout(512, 64, 2, 16), 2).export())
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 5}, {"format": "bfloat16"}, {"kind": "tcp"}, {"kind": 3}, {"name": "../etc/passwd"}, {"name": "kvmanager-"}, {"name": b"x"}, {"name": None}, {"bytes": 1}, {"bytes": 2**60},
-        {"num_pages": 0}, {"num_pages": -1}, {"num_pages": 3}, {"num_pages": True}, {"fingerprint": 5}, {"kind": "cuda_ipc"},
-        {"num_pages": 4, "bytes": 4 * LAYOUT.page_bytes},
+        {"bytes": 1}, {"bytes": 2**60}, {"format": 5}, {"format": "bfloat16"}, {"num_pages": 0}, {"num_pages": -1}, {"num_pages": 3}, {"num_pages": True}, {"content": 5},
+        {"num_pages": 4, "bytes": 4 * LAYOUT.page_bytes}, {"page_size": 32}, {"page_size": 17}, {"page_size": None}, {"device": "cuda"}, {"device": 1},
+        {"host": "elsewhere"}, {"host": b"x"}, {"transports": {}}, {"transports": None}, {"transports": {"shm": 1}}, {"transports": {"tcp": {}}},
+        *({"transports": {"shm": {"name": name}}} for name in ("../etc/passwd", "kvmanager-", b"x", None, "kvmanager-" + "0" * 32, "x" * 999)),
+        {"transports": {"cuda_ipc": {}}},
     ],
     ids=str,
 )  # fmt: skip
@@ -191,10 +195,10 @@ def test_export_from_the_wire_is_checked_field_by_field(change: dict[str, Any]) 
     """A peer's message must not open another file, allocate by its own integer, or crash."""
     memory = PageMemory(LAYOUT, 2)
     with pytest.raises(KVError):
-        PeerMemory.open({**memory.export(), **change}, LAYOUT)
+        memory.open_peer({**memory.export(), **change})
     for name in memory.export():
         with pytest.raises(KVError):
-            PeerMemory.open({key: value for key, value in memory.export().items() if key != name}, LAYOUT)
+            memory.open_peer({key: value for key, value in memory.export().items() if key != name})
 
 
 def test_unknown_device_and_closed_memory_are_refused() -> None:

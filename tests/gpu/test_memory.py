@@ -1,42 +1,102 @@
-"""Pages pulled from another process's device memory."""
+"""Pages pulled from another process's device memory, and sums of pages on the device."""
 
-import multiprocessing
-from typing import Any
-
+import numpy as np
+import pytest
 import torch
 
 from kvmanager.attention.layout import LatentLayout
-from kvmanager.attention.memory import PageMemory, PeerMemory
+from kvmanager.attention.memory import PageMemory
+from kvmanager.attention.transports import cuda_ipc
+from kvmanager.attention.transports.base import PullState
+from kvmanager.errors import ChecksumMismatch, InvalidValue
+from kvmanager.tables import div_ceil
+from tests.attention.owner import as_bytes, content, owning
 
-LAYOUT = LatentLayout(64, 32, 3, 16)
+CARDS = ["cuda:0", "cuda:1"] if torch.cuda.device_count() > 1 else ["cuda:0"]
 
 
-def owner(pipe: Any) -> None:
-    memory = PageMemory(LAYOUT, 50, "cuda")
-    memory.pages.copy_(torch.arange(50, device="cuda").view(50, 1, 1, 1).expand(memory.pages.shape))
-    pipe.send(memory.export())
-    pipe.recv()
+def moved(source, target, src, dst, tokens, skips, layers):  # type: ignore[no-untyped-def]
+    """The model, a token at a time."""
+    for token in range(tokens):
+        (s, a), (d, b) = divmod(token + skips[0], source.shape[2]), divmod(token + skips[1], target.shape[2])
+        target[int(dst[d]), layers[0] : layers[1], b] = source[int(src[s]), layers[0] : layers[1], a]
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(("theirs", "ours"), [(64, 64), (64, 16), (16, 64)])
+def test_pull_over_cuda_ipc_brings_exactly_the_slots_asked_for(card: str, theirs: int, ours: int) -> None:
+    """From this card and from another one: several pulls at once, all layers and a group, verified by the source's sums and by bytes."""
+    layouts = LatentLayout(64, 32, 3, theirs), LatentLayout(64, 32, 3, ours)
+    with owning(layouts[0], 40, device="cuda:0") as owner:
+        memory = PageMemory(layouts[1], 60, card)
+        as_bytes(memory).fill_(0xEE)
+        peer = memory.open_peer(owner.export)
+        assert peer.choice.transport == "cuda_ipc"
+        source, want = content(layouts[0], 40, 7), torch.full(as_bytes(memory).shape, 0xEE, dtype=torch.uint8)
+        rng = np.random.default_rng(3)
+        free, pulls = rng.permutation(60), []
+        for tokens, skips, layers in ((150, (0, 0), (0, 3)), (97, (5, 9), (1, 2)), (1, (15, 15), (0, 1)), (128, (0, 0), (1, 3))):
+            counts = [div_ceil(skip + tokens, size) for skip, size in zip(skips, (theirs, ours), strict=True)]
+            src, dst, free = rng.permutation(40)[: counts[0]], free[: counts[1]], free[counts[1] :]
+            sums = owner.sums(src, tokens, layers) if skips[0] == 0 else None
+            options = {"tokens": tokens, "source_skip": skips[0], "target_skip": skips[1], "layers": layers, "expected": sums}
+            pulls.append(memory.begin_pull(peer, src, dst, **options))  # type: ignore[arg-type]
+            moved(source, want, src, dst, tokens, skips, layers)
+        assert [pull.wait(30) for pull in pulls] == [PullState.DONE] * 4
+        assert torch.equal(as_bytes(memory).cpu(), want)
+        pages = range(theirs // ours) if ours < theirs else [0]
+        wrong = memory.begin_pull(peer, [0], pages, tokens=theirs, expected=np.ones(1, np.uint64))
+        assert wrong.wait(30) is PullState.FAILED
+        with pytest.raises(ChecksumMismatch):
+            wrong.result()
+        memory.close()
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_copy_engines_bring_the_same_bytes(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_ipc, "COPY_ENGINE_RUN_BYTES", 1)
+    layout = LatentLayout(64, 32, 3, 16)
+    with owning(layout, 40, device="cuda:0") as owner:
+        memory = PageMemory(layout, 30, card)
+        as_bytes(memory).fill_(0xEE)
+        peer = memory.open_peer(owner.export)
+        assert memory.begin_pull(peer, [39, 0, 1, 7], [3, 28, 29, 11]).wait(30) is PullState.DONE
+        assert torch.equal(as_bytes(memory)[[3, 28, 29, 11]].cpu(), content(layout, 40, 7)[[39, 0, 1, 7]])
+        assert (as_bytes(memory)[[page for page in range(30) if page not in (3, 28, 29, 11)]] == 0xEE).all()
+        memory.close()
+
+
+def test_memory_of_the_same_process_needs_no_mapping() -> None:
+    layout = LatentLayout(64, 32, 3, 16)
+    theirs, ours = PageMemory(layout, 5, "cuda:0"), PageMemory(layout, 5, CARDS[-1])
+    as_bytes(theirs).copy_(content(layout, 5, 1))
+    torch.cuda.synchronize()
+    ours.pull(ours.open_peer(theirs.export()), [4, 2], [0, 1], expected=theirs.checksums([4, 2]))
+    assert torch.equal(as_bytes(ours)[:2].cpu(), content(layout, 5, 1)[[4, 2]])
+    ours.close()
+    theirs.close()
+
+
+def test_export_that_claims_more_than_the_allocation_is_refused() -> None:
+    layout = LatentLayout(64, 32, 3, 16)
+    with owning(layout, 40, device="cuda:0") as owner:
+        memory = PageMemory(layout, 2, "cuda:0")
+        lie = {**owner.export, "num_pages": 1 << 20, "bytes": layout.page_bytes << 20}
+        with pytest.raises(InvalidValue, match=r"^bytes: expected at most"):
+            memory.open_peer(lie)
+        memory.close()
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_sums_on_the_device_are_those_of_the_cpu(card: str) -> None:
+    """V3 pages, beyond 2**31 values; on a card that is not the current one, too."""
+    layout = LatentLayout(512, 64, 61, 64)
+    memory = PageMemory(layout, 1200, card)
+    host = PageMemory(layout, 2)
+    host.pages.normal_()
+    memory.pages[[1199, 3]] = host.pages.to(card)
+    torch.cuda.synchronize(card)
+    assert memory.checksums([1199, 3]).tolist() == host.checksums([0, 1]).tolist()
+    assert memory.checksums([1199, 3], 100, (5, 40)).tolist() == host.checksums([0, 1], 100, (5, 40)).tolist()
     memory.close()
-
-
-def test_pull_over_cuda_ipc_brings_exactly_the_pages_asked_for() -> None:
-    """Plain ints and bytes cross the pipe; the other pages stay as they were."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=owner, args=(there,), daemon=True)
-    process.start()
-    assert here.poll(60)
-    export = here.recv()
-    assert all(isinstance(value, (int, str, bytes)) for value in export.values())
-    memory = PageMemory(LAYOUT, 30, "cuda")
-    memory.pages.fill_(float("nan"))
-    peer = PeerMemory.open(export, LAYOUT)
-    memory.pull(peer, [49, 0, 7], [3, 29, 11])
-    for page, value in ((3, 49), (29, 0), (11, 7)):
-        assert (memory.pages[page] == value).all()
-    untouched = [page for page in range(30) if page not in (3, 29, 11)]
-    assert torch.isnan(memory.pages[untouched]).all()
-    peer.close()
-    here.send("done")
-    process.join(30)
-    assert process.exitcode == 0
+    host.close()

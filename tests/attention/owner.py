@@ -1,0 +1,87 @@
+"""A process that owns page memory and answers a few orders over a pipe: the other side of every transfer test."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvmanager.attention.layout import LatentLayout
+from kvmanager.attention.memory import PageMemory
+from kvmanager.attention.transports import nixl
+
+
+def content(layout: LatentLayout, num_pages: int, seed: int) -> torch.Tensor:
+    """Random bytes as uint8 [num_pages, num_layers, page_size, slot_bytes], the same in every process; no byte is 0xEE."""
+    raw = np.random.default_rng(seed).integers(0, 0xEE, (num_pages, layout.num_layers, layout.page_size, layout.slot_bytes), dtype=np.uint8)
+    return torch.from_numpy(raw)
+
+
+def as_bytes(memory: PageMemory) -> torch.Tensor:
+    layout = memory.layout
+    return memory.pages.view(torch.uint8).view(memory.num_pages, layout.num_layers, layout.page_size, layout.slot_bytes)
+
+
+def _own(pipe: Connection, layout: LatentLayout, num_pages: int, seed: int, transports: tuple[str, ...] | None, device: str) -> None:
+    if device != "cpu" and transports == ("nixl",):
+        nixl.DEVICE_MEMORY = True
+    memory = PageMemory(layout, num_pages, device, transports=transports)
+    if seed >= 0:
+        as_bytes(memory).copy_(content(layout, num_pages, seed))
+    else:
+        as_bytes(memory).fill_(-seed)  # large memories: one byte everywhere, fast
+    if memory.device.type == "cuda":
+        torch.cuda.synchronize()
+    pipe.send((os.getpid(), memory.export()))
+    while True:
+        order, *rest = pipe.recv()
+        if order == "sums":
+            pipe.send(memory.checksums(*rest))
+        else:
+            memory.close()
+            pipe.send("closed")
+            return
+
+
+class Owner:
+    def __init__(self, process: Any, pipe: Connection, pid: int, export: dict[str, Any]) -> None:
+        self.process, self.pipe, self.pid, self.export = process, pipe, pid, export
+
+    def sums(self, *arguments: Any) -> np.ndarray:
+        self.pipe.send(("sums", *arguments))
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def wake(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+@contextmanager
+def owning(
+    layout: LatentLayout, num_pages: int, *, seed: int = 7, transports: tuple[str, ...] | None = None, device: str = "cpu"
+) -> Iterator[Owner]:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_own, args=(there, layout, num_pages, seed, transports, device), daemon=True)
+    process.start()
+    try:
+        there.close()
+        assert here.poll(120), "the owner did not start"
+        yield Owner(process, here, *here.recv())
+    finally:
+        process.kill()
+        process.join()
+        here.close()
