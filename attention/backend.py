@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvmanager.attention import torch_path
+from kvmanager.attention.layout import ROPE_ORDERS
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.plan import NUM_HEADS_MAX, Limits, Plan, make_plan
 from kvmanager.errors import InvalidValue, WrongState
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from kvmanager.attention.cuda_path import CudaPath
 
 __all__ = ["MLABackend"]
+
+TOPK_MAX = 2**16
 
 
 class MLABackend:
@@ -46,6 +49,7 @@ class MLABackend:
             raise InvalidValue("softmax_scale", "a positive number", softmax_scale)
         self.memory = memory
         self.layout = memory.layout
+        self._value_dtype = getattr(torch, memory.layout.value_dtype)
         self.num_heads = num_heads
         self.softmax_scale = float(softmax_scale)
         self.limits = Limits(max_tokens, max_batch, max_pages)
@@ -79,16 +83,61 @@ class MLABackend:
         return plan
 
     def write(self, plan: Plan, layer: int, latent: Tensor) -> None:
-        """Write latent [num_tokens, entry] of this step's tokens into their slots of one layer. Rows may be strided."""
+        """Write latent [num_tokens, entry] of this step's tokens into their slots of one layer, in the layout's format. Rows may be strided."""
         self._require_current(plan)
         self._require(latent, "latent", (plan.num_tokens, self.layout.entry))
         pages = self.memory.layer(layer)
         if plan.num_tokens == 0:
             return
         if self._cuda is not None:
-            self._cuda.write(plan, pages, latent)
+            self._cuda.write(plan, layer, latent)
         else:
-            torch_path.write_latent(latent, torch.from_numpy(plan.slots), pages)
+            torch_path.write_latent(latent, torch.from_numpy(plan.slots), pages, self.layout.scale_of(layer))
+
+    def write_raw(
+        self,
+        plan: Plan,
+        layer: int,
+        raw: Tensor,
+        norm_weight: Tensor,
+        norm_eps: float,
+        cos_sin: Tensor,
+        positions: Tensor,
+        source_order: str = "interleaved",
+    ) -> None:
+        """RMSNorm, rotation, rounding and write of this step's tokens in one launch, from what the model's down-projection gives.
+
+        raw           [num_tokens, entry]         compressed_kv before its norm || k_pe before its rotation; rows may be strided
+        norm_weight   [kv_lora_rank]              bf16, fp16 or float32; norm_eps as in the model's config (rms_norm_eps)
+        cos_sin       [any, qk_rope_head_dim]     bf16, fp16 or float32: by position, the cosines of all pairs and then their sines
+        positions     int64 [num_tokens]          of each token; one outside of cos_sin makes its k_pe NaN
+        source_order  how `raw` lists the pairs that rotate together, "interleaved" (DeepSeek's checkpoints) or "half"; they are stored in
+                      the layout's rope_order
+
+        The bytes are those of a norm and a rotation in float32, rounded to raw's dtype, and then `write`."""
+        self._require_current(plan)
+        layout = self.layout
+        self._require(raw, "raw", (plan.num_tokens, layout.entry))
+        self._require_float(norm_weight, "norm_weight", (layout.kv_lora_rank,))
+        self._require_float(cos_sin, "cos_sin", (len(cos_sin) if cos_sin.ndim else 0, layout.qk_rope_head_dim))
+        if positions.dtype != torch.int64 or tuple(positions.shape) != (plan.num_tokens,) or positions.device != raw.device:
+            expected = f"int64 [{plan.num_tokens}] on {raw.device}"
+            raise InvalidValue("positions", expected, f"{positions.dtype} {list(positions.shape)} on {positions.device}")
+        if not math.isfinite(norm_eps) or norm_eps < 0:
+            raise InvalidValue("norm_eps", "a number of 0 or more", norm_eps)
+        if source_order not in ROPE_ORDERS:
+            raise InvalidValue("source_order", "one of " + ", ".join(ROPE_ORDERS), source_order)
+        pages = self.memory.layer(layer)
+        if plan.num_tokens == 0:
+            return
+        if self._cuda is not None:
+            from kvmanager.kernels.latent_write import Projection
+
+            projection = Projection(norm_weight, norm_eps, cos_sin, positions.contiguous(), source_order, layout.rope_order)
+            self._cuda.write_raw(plan, layer, raw, projection)
+        else:
+            latent = torch_path.project(raw, norm_weight, norm_eps, cos_sin, positions, source_order, layout.rope_order)
+            torch_path.write_latent(latent, torch.from_numpy(plan.slots), pages, layout.scale_of(layer))
 
     def decode(self, plan: Plan, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of the rows of one query token: q [num_decode, heads, entry] to out [num_decode, heads, rank] and lse [num_decode, heads]."""
@@ -97,6 +146,33 @@ class MLABackend:
     def prefill(self, plan: Plan, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Causal attention of the rows of several query tokens: q [num_prefill, heads, entry], tokens in the step's order."""
         return self._attend(plan, layer, q, is_decode=False)
+
+    def attend_selected(self, plan: Plan, layer: int, q: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of all of this step's tokens, decode and prefill rows, to the slots that each lists (DeepSeek sparse attention).
+
+        q        [num_tokens, heads, entry]
+        indices  int32 [num_tokens, topk]  page_id * page_size + offset, FlashMLA's convention; -1, and all that is no slot, is left out
+
+        Gives out [num_tokens, heads, rank] and lse [num_tokens, heads]; a token that lists nothing 0 and -inf. Which slots a token may see is
+        the caller's to say: nothing is causal here. Splits depend on the shapes alone."""
+        self._require_current(plan)
+        self._require(q, "q", (plan.num_tokens, self.num_heads, self.layout.entry))
+        topk = indices.shape[-1] if indices.ndim else 0
+        if indices.dtype != torch.int32 or tuple(indices.shape) != (plan.num_tokens, topk) or indices.device != q.device:
+            expected = f"int32 [{plan.num_tokens}, topk] on {q.device}"
+            raise InvalidValue("indices", expected, f"{indices.dtype} {list(indices.shape)} on {indices.device}")
+        if topk > TOPK_MAX or (indices.numel() and indices.stride(-1) != 1):
+            raise InvalidValue("indices", f"at most {TOPK_MAX} slots a token, contiguous in memory", f"{topk}, stride {indices.stride(-1)}")
+        pages = self.memory.layer(layer)
+        out = torch.empty((plan.num_tokens, self.num_heads, self.layout.kv_lora_rank), dtype=q.dtype, device=q.device)
+        lse = torch.empty((plan.num_tokens, self.num_heads), dtype=torch.float32, device=q.device)
+        if plan.num_tokens == 0:
+            return out, lse
+        if self._cuda is not None:
+            self._cuda.attend_selected(layer, q, indices, out, lse)
+        else:
+            torch_path.attend_selected(pages, q, indices, self.softmax_scale, out, lse, self.layout.scale_of(layer))
+        return out, lse
 
     def _attend(self, plan: Plan, layer: int, q: Tensor, is_decode: bool) -> tuple[Tensor, Tensor]:
         self._require_current(plan)
@@ -110,7 +186,7 @@ class MLABackend:
         if self._cuda is not None:
             self._cuda.attend(plan, is_decode, layer, q, out, lse)
         else:
-            torch_path.attend_rows(plan, is_decode, pages, q, self.softmax_scale, out, lse)
+            torch_path.attend_rows(plan, is_decode, pages, q, self.softmax_scale, out, lse, self.layout.scale_of(layer))
         return out, lse
 
     def _require_current(self, plan: Plan) -> None:
@@ -121,7 +197,14 @@ class MLABackend:
         if tuple(tensor.shape) != shape:
             raise InvalidValue(field, f"shape {shape}", tuple(tensor.shape))
         pages = self.memory.pages
-        if tensor.dtype != pages.dtype or tensor.device != pages.device:
-            raise InvalidValue(field, f"{pages.dtype} on {pages.device}", f"{tensor.dtype} on {tensor.device}")
+        if tensor.dtype != self._value_dtype or tensor.device != pages.device:
+            raise InvalidValue(field, f"{self._value_dtype} on {pages.device}", f"{tensor.dtype} on {tensor.device}")
         if tensor.stride(-1) != 1 and tensor.numel():
             raise InvalidValue(field, "an entry contiguous in memory", f"stride {tensor.stride(-1)}")
+
+    def _require_float(self, tensor: Tensor, field: str, shape: tuple[int, ...]) -> None:
+        device = self.memory.pages.device
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.device != device:
+            raise InvalidValue(field, f"floats {list(shape)} on {device}", f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+        if tensor.element_size() == 1 or (tensor.numel() and tensor.stride(-1) != 1):
+            raise InvalidValue(field, "16 or 32 bits a value, rows contiguous in memory", f"{tensor.dtype}, stride {tensor.stride(-1)}")

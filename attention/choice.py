@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvmanager.attention.layout import LatentLayout
+from kvmanager.errors import InvalidValue
 
 __all__ = ["Choice", "choose_kernel"]
 
 HOPPER_ARCH = 90  # wgmma exists there and nowhere else
+FP8_ARCH_MIN = 89  # e4m3 is converted from there on
 HOPPER_RANKS = (65, 512)  # two warpgroups' registers hold 64 rows of 512; a narrower half than 64 columns is no swizzled tile
 HOPPER_ROPE_MAX = 64  # probabilities take the place of a tile's rotary keys in shared memory
 TRITON_VERSIONS = ((3, 6), (3, 10))  # from, and before: Gluon is experimental, and these are the versions the kernel is compiled under
@@ -26,8 +28,10 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def choose_kernel(layout: LatentLayout, arch: int, triton_version: str) -> Choice:
-    """arch: compute capability times ten (90 is Hopper)."""
+    """arch: compute capability times ten (90 is Hopper). Raises InvalidValue where no kernel takes the layout."""
     low, high = HOPPER_RANKS
+    if layout.is_fp8 and arch < FP8_ARCH_MIN:
+        raise InvalidValue("dtype", f"bfloat16, float16 or float32 on sm_{arch}: eight bits need sm_{FP8_ARCH_MIN}", layout.dtype)
     if arch != HOPPER_ARCH:
         return Choice("triton", f"architecture sm_{arch}: the Hopper kernel needs sm_{HOPPER_ARCH}")
     if layout.dtype not in ("bfloat16", "float16"):

@@ -1,6 +1,7 @@
 """The one comparison that every kernel test and benchmark uses: hostile inputs, and FlashMLA's published tolerances.
 
 Inputs: fresh random latents; NaN in every slot that no sequence reads; 2147480000 in table entries past a length; outputs poisoned with NaN.
+Latents stored in eight bits are compared as the numbers that their bytes mean: what rounding them cost is the format's, not the kernel's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvmanager.attention import reference
+from kvmanager.attention import reference, torch_path
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.work import Shape, decode_work, prefill_work
@@ -58,8 +59,11 @@ def make_problem(
     spare_pages: int = 5,
     reserved_entries: int = 2,
     written: bool = False,
+    value_dtype: torch.dtype | None = None,
 ) -> Problem:
-    """A step over fresh random data. A row of length 0 has no pages. `written`: this step's latents are in the memory already."""
+    """A step over fresh random data. A row of length 0 has no pages. `written`: this step's latents are in the memory already.
+
+    value_dtype: of q and latent, if not the layout's (the interpreter cannot multiply bfloat16)."""
     generator = torch.Generator(device=device).manual_seed(seed)
     used = [-(-length // layout.page_size) for length in lengths]
     num_pages = sum(used) + spare_pages
@@ -73,7 +77,10 @@ def make_problem(
     tables = BatchTables(seed + 1, layout.page_size, np.array(lengths, np.int32), page_ids, indptr)
 
     memory = PageMemory(layout, num_pages, device)
-    memory.pages.fill_(float("nan"))
+    if layout.is_fp8:
+        memory.pages.view(torch.uint8).fill_(255)  # NaN as e4m3, float32 and bfloat16
+    else:
+        memory.pages.fill_(float("nan"))
     unread = torch.ones((num_pages, layout.page_size), dtype=torch.bool)
     for row, (length, count) in enumerate(zip(lengths, query_lens, strict=True)):
         position = np.arange(length)
@@ -82,11 +89,16 @@ def make_problem(
         past = length if written else max(length - count, 0)
         values = torch.randn((past, layout.num_layers, layout.entry), generator=generator, device=device) * LATENT_SCALE
         where = (torch.from_numpy(page[:past]).to(device), torch.from_numpy(offset[:past]).to(device))
-        memory.pages[where[0], :, where[1]] = values.to(memory.pages.dtype)
+        if layout.is_fp8:
+            for layer in range(layout.num_layers):
+                stored = torch_path.encode(values[:, layer], memory.pages.dtype, layout.scale_of(layer)).view(torch.uint8)
+                memory.layer(layer).view(torch.uint8)[where] = stored
+        else:
+            memory.pages[where[0], :, where[1]] = values.to(memory.pages.dtype)
     tokens = sum(query_lens)
     latent = torch.randn((layout.num_layers, tokens, layout.entry), generator=generator, device=device) * LATENT_SCALE
     q = torch.randn((layout.num_layers, tokens, num_heads, layout.entry), generator=generator, device=device) * QUERY_SCALE
-    dtype = memory.pages.dtype
+    dtype = value_dtype or getattr(torch, layout.value_dtype)
     return Problem(memory, tables, list(query_lens), latent.to(dtype), q.to(dtype), layout.entry**-0.5, unread)
 
 
@@ -123,9 +135,9 @@ def run_kernels(problem: Problem, layer: int, tile: Tile | None, num_programs: i
     """The attention and merge kernels alone, over the problem's own page tables, garbage entries included; all outputs poisoned first.
 
     tile: of the plain kernel; None runs the Hopper kernel."""
-    from kvmanager.kernels import mla_decode, mla_merge
+    from kvmanager.kernels import latent_formats, mla_decode, mla_merge
 
-    q, pages, tables = problem.q[layer], problem.memory.layer(layer), problem.tables
+    q, pages, tables, layout = problem.q[layer], problem.memory.layer(layer), problem.tables, problem.memory.layout
     if tile is None:
         from kvmanager.attention.cuda_path import hopper_shape
 
@@ -150,7 +162,8 @@ def run_kernels(problem: Problem, layer: int, tile: Tile | None, num_programs: i
         described = hopper.describe_pages(pages, rank)
         hopper.attend(q, described, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, causal)
     else:
-        mla_decode.attend(q, pages, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, tile, causal)
+        stored = latent_formats.view_pages(pages, rank, layout.scale_of(layer))
+        mla_decode.attend(q, stored, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, tile, causal)
     mla_merge.merge(partial_out, partial_lse, merges, out, lse, overlap=tile is None)
     return out, lse
 
@@ -158,7 +171,10 @@ def run_kernels(problem: Problem, layer: int, tile: Tile | None, num_programs: i
 def check_attention(problem: Problem, layer: int, out: Tensor, lse: Tensor, causal: bool = True) -> None:
     """Compare a whole step's out [tokens, heads, rank] and lse with the float64 reference over the memory as it now is."""
     pages, layout = problem.memory.layer(layer), problem.memory.layout
-    want = reference.prefill(problem.q[layer], pages, problem.tables, problem.query_lens, layout.kv_lora_rank, problem.scale, causal)
+    rank, scale, stored_scale = layout.kv_lora_rank, problem.scale, layout.scale_of(layer)
+    want = reference.prefill(problem.q[layer], pages, problem.tables, problem.query_lens, rank, scale, causal, stored_scale)
     assert_close(out, lse, *want)
-    if not torch.isnan(pages[problem.unread.to(pages.device)].float()).all():
+    unread = problem.unread.to(pages.device)
+    untouched = (pages.view(torch.uint8)[unread] == 255).all() if layout.is_fp8 else torch.isnan(pages[unread].float()).all()
+    if not untouched:
         raise AssertionError("pages: a slot that belongs to no sequence was written")

@@ -11,7 +11,9 @@ from kvmanager.attention.plan import Limits, Plan
 from kvmanager.attention.staging import DevicePlan, Staging
 from kvmanager.attention.work import Shape
 from kvmanager.errors import WrongState
-from kvmanager.kernels import latent_write, mla_decode, mla_merge
+from kvmanager.kernels import latent_write, mla_decode, mla_decode_sparse, mla_merge
+from kvmanager.kernels.latent_formats import view_pages
+from kvmanager.kernels.latent_write import Projection
 
 __all__ = ["CudaPath", "hopper_shape"]
 
@@ -32,6 +34,11 @@ class CudaPath:
         properties = torch.cuda.get_device_properties(device)
         arch = properties.major * 10 + properties.minor
         self.kernel, self.why = choose_kernel(layout, arch, mla_decode.TRITON_VERSION)
+        self._stored = [view_pages(memory.layer(index), self._rank, layout.scale_of(index)) for index in range(layout.num_layers)]
+        self._is_fp8 = layout.is_fp8
+        self._programs = properties.multi_processor_count
+        dtype = memory.pages.dtype
+        self._sparse_tile = mla_decode_sparse.choose_tile(num_heads, layout.kv_lora_rank, layout.qk_rope_head_dim, dtype, arch)
         if self.kernel == "hopper":
             from kvmanager.kernels import mla_decode_hopper
 
@@ -39,7 +46,6 @@ class CudaPath:
             self._pages = [mla_decode_hopper.describe_pages(memory.layer(index), self._rank) for index in range(layout.num_layers)]
             shapes = [hopper_shape(num_heads, self._rank, properties.multi_processor_count)] * 2
         else:
-            dtype = memory.pages.dtype
             self._tiles = [
                 mla_decode.choose_tile(num_heads, layout.kv_lora_rank, layout.qk_rope_head_dim, dtype, arch, several)
                 for several in (False, True)
@@ -51,14 +57,29 @@ class CudaPath:
         self._shapes = shapes
         self._staging = Staging(limits, shapes[0], shapes[1], device)
         rows = max(shape.partials_max * shape.block_rows for shape in shapes)
+        rows = max(rows, self._programs * self._sparse_tile.programs_per_sm * self._sparse_tile.block_rows)
         self._partial_out = torch.empty(rows * layout.kv_lora_rank, dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(rows, dtype=torch.float32, device=device)
 
     def send(self, plan: Plan) -> DevicePlan:
         return self._staging.send(plan)
 
-    def write(self, plan: Plan, pages: Tensor, latent: Tensor) -> None:
-        latent_write.write_latent(latent, _device_plan(plan).slots, pages, self._rank)
+    def write(self, plan: Plan, layer: int, latent: Tensor) -> None:
+        slots = _device_plan(plan).slots
+        if self._is_fp8:
+            latent_write.write_quantised(latent, slots, self._stored[layer])
+        else:
+            latent_write.write_latent(latent, slots, self._memory.layer(layer), self._rank)
+
+    def write_raw(self, plan: Plan, layer: int, raw: Tensor, projection: Projection) -> None:
+        latent_write.write_projection(raw, _device_plan(plan).slots, self._stored[layer], projection)
+
+    def attend_selected(self, layer: int, q: Tensor, indices: Tensor, out: Tensor, lse: Tensor) -> None:
+        tile = self._sparse_tile
+        cut = mla_decode_sparse.cut_lists(q.shape[0], q.shape[1], indices.shape[1], tile, self._programs * tile.programs_per_sm)
+        partial_out = self._partial_out[: cut.partials * tile.block_rows * self._rank].view(-1, tile.block_rows, self._rank)
+        partial_lse = self._partial_lse[: cut.partials * tile.block_rows].view(-1, tile.block_rows)
+        mla_decode_sparse.attend_selected(q, self._stored[layer], indices, out, lse, partial_out, partial_lse, self._scale, tile, cut)
 
     def attend(self, plan: Plan, is_decode: bool, layer: int, q: Tensor, out: Tensor, lse: Tensor) -> None:
         device = _device_plan(plan)
@@ -73,7 +94,7 @@ class CudaPath:
                 q, self._pages[layer], device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale
             )
         else:
-            pages, tile = self._memory.layer(layer), self._tiles[kind]
+            pages, tile = self._stored[layer], self._tiles[kind]
             mla_decode.attend(q, pages, device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale, tile)
         rows_max = q.shape[1] if is_decode else None
         mla_merge.merge(partial_out, partial_lse, work.merges, out, lse, rows_max, overlap=self.kernel == "hopper")

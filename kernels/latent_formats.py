@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["E4M3_MAX", "FP8_ARCH", "GROUP", "Stored", "view_pages"]
+__all__ = ["FP8_ARCH", "GROUP", "Stored", "load_latents", "view_pages"]
 
 GROUP = 128  # values that share a scale in fp8_ds_mla
-E4M3_MAX = 448.0
 FP8_ARCH = 89  # older architectures convert no e4m3 in Triton
 
 
@@ -46,6 +45,57 @@ def view_pages(pages: Tensor, rank: int, scale: float = 1.0) -> Stored:
 _DS_MLA_DTYPES = (torch.float8_e4m3fn, torch.float32, torch.bfloat16)
 
 
+@triton.jit
+def load_latents(
+    values_ptr,
+    rope_ptr,
+    scales_ptr,
+    page,
+    offset,
+    keep,
+    stride_values_page,
+    stride_rope_page,
+    stride_scales_page,
+    STRIDE_VALUES_SLOT: tl.constexpr,
+    STRIDE_ROPE_SLOT: tl.constexpr,
+    STRIDE_SCALES_SLOT: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Latents at page, offset (int64 [BLOCK_TOKENS]) as values [BLOCK_TOKENS, BLOCK_RANK] and k_pe [BLOCK_TOKENS, BLOCK_ROPE] of `dtype`; 0
+    beyond the dimensions and, if HAS_KEEP, where not `keep`. Group scales are multiplied in; the one scale of all values is the caller's."""
+    column, rope = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_ROPE)
+    values_slot = values_ptr + page * stride_values_page + offset * STRIDE_VALUES_SLOT
+    rope_slot = rope_ptr + page * stride_rope_page + offset * STRIDE_ROPE_SLOT
+    if HAS_KEEP:
+        values = tl.load(values_slot[:, None] + column[None, :], mask=keep[:, None] & (column < RANK)[None, :], other=0.0)
+        k_rope = tl.load(rope_slot[:, None] + rope[None, :], mask=keep[:, None] & (rope < ROPE)[None, :], other=0.0)
+    else:
+        if BLOCK_RANK == RANK:
+            values = tl.load(values_slot[:, None] + column[None, :])
+        else:
+            values = tl.load(values_slot[:, None] + column[None, :], mask=(column < RANK)[None, :], other=0.0)
+        if BLOCK_ROPE == ROPE:
+            k_rope = tl.load(rope_slot[:, None] + rope[None, :])
+        else:
+            k_rope = tl.load(rope_slot[:, None] + rope[None, :], mask=(rope < ROPE)[None, :], other=0.0)
+    if GROUP:
+        group = tl.arange(0, BLOCK_RANK // GROUP)
+        scales_slot = scales_ptr + page * stride_scales_page + offset * STRIDE_SCALES_SLOT
+        if HAS_KEEP:
+            scales = tl.load(scales_slot[:, None] + group[None, :], mask=keep[:, None] & (group >= 0)[None, :], other=0.0)
+        else:
+            scales = tl.load(scales_slot[:, None] + group[None, :])  # [BLOCK_TOKENS, BLOCK_RANK // GROUP]
+        wide = tl.reshape(values, [values.shape[0], BLOCK_RANK // GROUP, GROUP]).to(tl.float32) * scales[:, :, None]
+        return tl.reshape(wide, [values.shape[0], BLOCK_RANK]).to(dtype), k_rope.to(dtype)
+    return values.to(dtype), k_rope.to(dtype)
+
+
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # Triton's interpreter cuts mantissas off where the device rounds
 
 
@@ -55,7 +105,7 @@ def _rounded(value, BITS: tl.constexpr):
     bits = value.to(tl.int32, bitcast=True)
     low: tl.constexpr = 23 - BITS
     even = (bits + ((1 << (low - 1)) - 1) + ((bits >> low) & 1)) & -(1 << low)
-    return tl.where(value == value, even, 0x7FF00000).to(tl.float32, bitcast=True)
+    return tl.where((bits & 0x7FFFFFFF) <= 0x7F800000, even, 0x7FF00000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

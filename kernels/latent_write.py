@@ -226,14 +226,8 @@ def _write_values_kernel(
     is_column = (column < RANK)[None, :]
     half, side = tl.arange(0, BLOCK_HALF), tl.arange(0, 2)
     # Value `side` of rotating pair `half`: side by side, or half a k_pe apart. [BLOCK_HALF, 2]
-    if IS_SOURCE_INTERLEAVED:
-        from_rope = half[:, None] * 2 + side[None, :]
-    else:
-        from_rope = half[:, None] + side[None, :] * (ROPE // 2)
-    if IS_TARGET_INTERLEAVED:
-        to_rope = half[:, None] * 2 + side[None, :]
-    else:
-        to_rope = half[:, None] + side[None, :] * (ROPE // 2)
+    from_rope = half[:, None] * 2 + side[None, :] if IS_SOURCE_INTERLEAVED else half[:, None] + side[None, :] * (ROPE // 2)
+    to_rope = half[:, None] * 2 + side[None, :] if IS_TARGET_INTERLEAVED else half[:, None] + side[None, :] * (ROPE // 2)
     is_half = (half < ROPE // 2)[None, :]
 
     value = tl.load(source[:, None] + column[None, :], mask=is_token[:, None] & is_column, other=0.0)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvmanager.kernels.latent_formats import GROUP, Stored, load_latents, view_pages
+
 __all__ = ["ITEM_FIELDS", "TRITON_VERSION", "Tile", "attend", "choose_tile"]
 
 TRITON_VERSION = triton.__version__
@@ -36,13 +38,21 @@ _TOKENS_AND_STAGES = ((64, 2), (32, 2), (16, 2), (16, 1))
 
 
 def choose_tile(num_heads: int, rank: int, rope: int, dtype: torch.dtype, arch: int, several_tokens: bool) -> Tile:
-    """The tile for one model on one architecture (90 is Hopper); several_tokens: rows of prefill, which fill a tall tile at any head count."""
+    """The tile for one model on one architecture (90 is Hopper); several_tokens: rows of prefill, which fill a tall tile at any head count.
+
+    dtype: of page memory; float8_e4m3fn and uint8 (fp8_ds_mla) are read in eight bits and multiplied in sixteen."""
     block_rank, width = triton.next_power_of_2(rank), triton.next_power_of_2(rank) + triton.next_power_of_2(rope)
     if dtype == torch.float32:
         return Tile(16, 16, 4, 1, 1)
     heights = (64, 32, 16) if (several_tokens or num_heads > 16) and block_rank <= 512 else (16,)
+    is_fp8 = dtype.itemsize == 1
     budget = _SHARED_BYTES.get(arch, 99) * 1024 - 2048
-    for block_rows in heights:
+    for block_rows in heights if is_fp8 else ():
+        for block_tokens in (64, 32):
+            wide, stored = (block_tokens + (block_rows if block_rows > 16 else 0)) * width * 2, block_tokens * (width + 80)
+            if wide + (2 if block_rows == 16 else 1) * stored <= budget:
+                return Tile(block_rows, block_tokens, 8, 2, 1)
+    for block_rows in () if is_fp8 else heights:
         for block_tokens, num_stages in _TOKENS_AND_STAGES[: 2 if block_rows > 16 else None]:
             num_warps = 8 if block_rows == 64 and block_rank > 128 else 4
             exchange = block_rows * block_tokens if num_warps == 8 else 0  # probabilities cross between two warpgroups
@@ -53,7 +63,7 @@ def choose_tile(num_heads: int, rank: int, rope: int, dtype: torch.dtype, arch: 
 
 def attend(
     q: Tensor,
-    pages: Tensor,
+    pages: Tensor | Stored,
     page_ids: Tensor,
     programs: Tensor,
     items: Tensor,
@@ -68,7 +78,8 @@ def attend(
     """Run a work list over one layer.
 
     q            [num_tokens, heads, entry]      bf16 | fp16 | fp32, device; entry contiguous, tokens and heads may be strided
-    pages        [num_pages, page_size, entry]   dtype of q; one layer's view, page stride may pass 2**31 elements
+    pages        [num_pages, page_size, entry]   dtype of q; one layer's view, page stride may pass 2**31 elements; or one layer Stored, in
+                                                 eight bits: its latents become numbers of q's dtype as they are read
     page_ids     [any]                           int32; an item's pages are at its page_start and after; those past its `end` are never read
     programs     [num_programs + 1]              int32; program p runs items[programs[p] : programs[p + 1]]
     items        [any, 8]                        int32, ITEM_FIELDS; `begin` is a multiple of block_tokens, `row` of block_rows
@@ -79,9 +90,13 @@ def attend(
     Query token t of an item sees positions up to length - query_len + t if causal, else all. A row that sees nothing gives 0 and -inf.
     One launch of a fixed grid, no allocation, no host sync: safe under graph capture, replayable with new work lists. No atomics."""
     rank, rope = out.shape[-1], q.shape[-1] - out.shape[-1]
+    values, k_rope, group_scales, stored_scale = pages if isinstance(pages, Stored) else view_pages(pages, rank)
+    scales = values if group_scales is None else group_scales
     _attend_kernel[(programs.shape[0] - 1,)](
         q,
-        pages,
+        values,
+        k_rope,
+        scales,
         page_ids,
         programs,
         items,
@@ -89,13 +104,20 @@ def attend(
         lse,
         partial_out,
         partial_lse,
-        scale * 1.4426950408889634,  # exp2 inside
+        scale * stored_scale * 1.4426950408889634,  # exp2 inside
+        stored_scale,
         q.shape[1],
         q.stride(0),
         q.stride(1),
-        pages.stride(0),
-        pages.stride(1),
-        PAGE_SIZE=pages.shape[1],
+        values.stride(0),
+        k_rope.stride(0),
+        scales.stride(0),
+        STRIDE_VALUES_SLOT=values.stride(1),
+        STRIDE_ROPE_SLOT=k_rope.stride(1),
+        STRIDE_SCALES_SLOT=scales.stride(1),
+        GROUP=GROUP if group_scales is not None else 0,
+        HAS_SCALE=stored_scale != 1.0,
+        PAGE_SIZE=values.shape[1],
         RANK=rank,
         ROPE=rope,
         BLOCK_RANK=triton.next_power_of_2(rank),
@@ -103,7 +125,7 @@ def attend(
         BLOCK_ROWS=tile.block_rows,
         BLOCK_TOKENS=tile.block_tokens,
         IS_CAUSAL=causal,
-        IS_WIDE=tile.num_warps == 8,
+        IS_WIDE=tile.num_warps == 8 and tile.block_rows == 64,  # two warpgroups of wgmma
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -112,7 +134,9 @@ def attend(
 @triton.jit(do_not_specialize=["num_heads"])
 def _attend_kernel(
     q_ptr,
-    pages_ptr,
+    values_ptr,
+    rope_ptr,
+    scales_ptr,
     page_ids_ptr,
     programs_ptr,
     items_ptr,
@@ -121,11 +145,18 @@ def _attend_kernel(
     partial_out_ptr,
     partial_lse_ptr,
     scale_log2,
+    stored_scale,
     num_heads,
     stride_q_token,
     stride_q_head,
-    stride_pages_page,
-    stride_pages_slot,
+    stride_values_page,
+    stride_rope_page,
+    stride_scales_page,
+    STRIDE_VALUES_SLOT: tl.constexpr,
+    STRIDE_ROPE_SLOT: tl.constexpr,
+    STRIDE_SCALES_SLOT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
@@ -174,15 +205,27 @@ def _attend_kernel(
                 page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
             else:
                 page = tl.load(table_ptr + position // PAGE_SIZE).to(tl.int64)
-            slot_ptr = pages_ptr + page * stride_pages_page + (position % PAGE_SIZE).to(tl.int64) * stride_pages_slot
-            if BLOCK_RANK == RANK:
-                kv = tl.load(slot_ptr[:, None] + column[None, :])  # [BLOCK_TOKENS, BLOCK_RANK]
-            else:
-                kv = tl.load(slot_ptr[:, None] + column[None, :], mask=(column < RANK)[None, :], other=0.0)
-            if BLOCK_ROPE == ROPE:
-                k_rope = tl.load(slot_ptr[:, None] + RANK + rope[None, :])
-            else:
-                k_rope = tl.load(slot_ptr[:, None] + RANK + rope[None, :], mask=(rope < ROPE)[None, :], other=0.0)
+            kv, k_rope = load_latents(
+                values_ptr,
+                rope_ptr,
+                scales_ptr,
+                page,
+                (position % PAGE_SIZE).to(tl.int64),
+                position,
+                stride_values_page,
+                stride_rope_page,
+                stride_scales_page,
+                STRIDE_VALUES_SLOT,
+                STRIDE_ROPE_SLOT,
+                STRIDE_SCALES_SLOT,
+                RANK,
+                ROPE,
+                BLOCK_RANK,
+                BLOCK_ROPE,
+                GROUP,
+                False,
+                q.dtype,
+            )
             if IS_WIDE:
                 # Two warpgroups. Triton puts a product that leads to another into one column of warps, and here both groups would then
                 # compute all of it. The scaling keeps the two score products apart; the `if`, always taken, hides the way to the third.
@@ -202,6 +245,8 @@ def _attend_kernel(
 
         seen = total > 0
         value = acc / tl.where(seen, total, 1.0)[:, None]
+        if HAS_SCALE:
+            value = value * stored_scale
         norm = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
         is_value = is_row[:, None] & (column < RANK)[None, :]
         if partial < 0:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvmanager.attention import reference
 from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import Problem, assert_close, check_attention, make_problem
 from kvmanager.attention.layout import LatentLayout
@@ -144,3 +145,80 @@ def test_comparison_notices_what_it_is_there_for() -> None:
     problem.memory.pages[problem.unread.nonzero()[0, 0], 0, problem.unread.nonzero()[0, 1]] = 1
     with pytest.raises(AssertionError, match="belongs to no sequence"):
         check_attention(problem, 0, out, lse)
+
+
+FP8_LAYOUTS = [
+    LatentLayout(512, 64, 2, 64, "fp8_ds_mla"),
+    LatentLayout(80, 48, 2, 16, "float8_e4m3fn", scales=(0.002, 0.0013)),
+]
+
+
+@pytest.mark.parametrize("layout", FP8_LAYOUTS, ids=lambda layout: layout.dtype)
+def test_step_over_eight_bits_equals_the_reference_of_what_the_bytes_mean(layout: LatentLayout) -> None:
+    """Write, decode and prefill; the tensors that go in and out are bfloat16."""
+    edge = layout.page_size
+    problem = make_problem(layout, [1, 0, edge - 1, edge, edge + 1, 200, 2, 65, 150], [1] * 6 + [2, 65, 33], 5, seed=edge)
+    assert problem.q.dtype == torch.bfloat16
+    check_attention(problem, 1, *run_step(problem, 1))
+
+
+@pytest.mark.parametrize("layout", [*FP8_LAYOUTS, LatentLayout(512, 64, 2, 64), LatentLayout(32, 16, 2, 16, "float32", "half")], ids=str)
+def test_raw_write_is_norm_rotation_and_write(layout: LatentLayout) -> None:
+    """In the layout's own order of pairs, at the slots of the plan."""
+    problem = make_problem(layout, [5, 0, 40], [1, 1, 3], 3, seed=2)
+    backend = backend_for(problem)
+    plan = backend.plan(problem.tables, [1, 1, 3])
+    rank = layout.kv_lora_rank
+    raw, weight = torch.randn(5, layout.entry).to(problem.q.dtype), 1 + 0.1 * torch.randn(rank)
+    angle = torch.rand(50, layout.qk_rope_head_dim // 2)
+    cos_sin, positions = torch.cat([angle.cos(), angle.sin()], 1), torch.tensor([4, 0, 37, 38, 39])
+    backend.write_raw(plan, 1, raw, weight, 1e-6, cos_sin, positions)
+    slots = torch.from_numpy(plan.slots)
+    assert (slots == -1).sum() == 1
+    got = reference.read_latent(reference.select(problem.memory.layer(1), slots), rank, layout.scale_of(1))
+    want = reference.project(raw, weight, 1e-6, cos_sin, positions, "interleaved", layout.rope_order)[slots >= 0]
+    if layout.scales:
+        want = want.clamp(-448 * layout.scale_of(1), 448 * layout.scale_of(1))
+    step = 2**-4 + 2**-7 if layout.is_fp8 else 2**-8
+    assert ((got - want).abs() <= step * want.abs() + 2e-4).all()
+
+
+@pytest.mark.parametrize("layout", [*FP8_LAYOUTS, LatentLayout(32, 16, 2, 16, "float32")], ids=lambda layout: layout.dtype)
+def test_selected_slots_and_no_others_are_attended_to(layout: LatentLayout) -> None:
+    """FlashMLA's convention: physical slots, -1 is padding; what is no slot is left out; an empty list gives 0 and -inf."""
+    problem = make_problem(layout, [60, 30, 7], [1, 1, 2], 4, seed=5, written=True)
+    backend = backend_for(problem)
+    plan = backend.plan(problem.tables, [1, 1, 2])
+    read = (~problem.unread).flatten().nonzero().flatten()
+    lists = read[torch.randint(0, len(read), (4, 20))].int()
+    lists[0, ::3], lists[1], lists[2, 0], lists[2, 1] = -1, -1, problem.unread.numel(), -64
+    out, lse = backend.attend_selected(plan, 1, problem.q[1], lists)
+    for token in range(4):
+        latent = reference.read_latent(reference.select(problem.memory.layer(1), lists[token]), layout.kv_lora_rank, layout.scale_of(1))
+        want = reference.attend(problem.q[1, token : token + 1], latent, layout.kv_lora_rank, problem.scale, causal=False)
+        assert_close(out[token : token + 1], lse[token : token + 1], *want)
+    assert (out[1] == 0).all() and torch.isneginf(lse[1]).all()
+
+
+def test_wrong_raw_writes_and_lists_are_named() -> None:
+    problem = make_problem(FP8_LAYOUTS[0], [5, 9], [1, 4], 3)
+    backend = backend_for(problem)
+    plan = backend.plan(problem.tables, [1, 4])
+    raw, weight, cos_sin, positions = problem.latent[0], torch.ones(512), torch.ones(20, 64), torch.arange(5)
+    good = {"raw": raw, "norm_weight": weight, "norm_eps": 1e-6, "cos_sin": cos_sin, "positions": positions, "source_order": "half"}
+    for field, bad in (
+        ("raw", raw[:4]), ("raw", raw.float()), ("norm_weight", weight[:64]), ("norm_weight", weight.int()), ("norm_eps", float("nan")),
+        ("norm_eps", -1.0), ("cos_sin", cos_sin[:, :32]), ("cos_sin", torch.tensor(1.0)), ("positions", positions[:4]),
+        ("positions", positions.int()), ("source_order", "neox"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidValue) as caught:
+            backend.write_raw(plan, 0, **{**good, field: bad})  # type: ignore[arg-type]
+        assert caught.value.field == field
+    q, lists = problem.q[0], torch.zeros((5, 8), dtype=torch.int32)
+    for field, arguments in (
+        ("q", (q[:4], lists)), ("indices", (q, lists.long())), ("indices", (q, lists[:4])), ("indices", (q, lists[0])),
+        ("indices", (q, lists.T.contiguous().T)), ("indices", (q, torch.zeros((5, 2**16 + 1), dtype=torch.int32))),
+    ):  # fmt: skip
+        with pytest.raises(InvalidValue) as caught:
+            backend.attend_selected(plan, 0, *arguments)
+        assert caught.value.field == field

@@ -4,6 +4,7 @@ import pytest
 
 from kvmanager.attention.choice import choose_kernel
 from kvmanager.attention.layout import LatentLayout
+from kvmanager.errors import InvalidValue
 
 
 @pytest.mark.parametrize("rank,rope", [(512, 64), (448, 64), (256, 32), (128, 16), (80, 48)])
@@ -19,6 +20,8 @@ def test_hopper_cards_get_the_hopper_kernel(rank: int, rope: int, dtype: str, ve
         (LatentLayout(512, 64, 1), 80, "3.6.0", "sm_80"),
         (LatentLayout(512, 64, 1), 100, "3.6.0", "sm_100"),
         (LatentLayout(512, 64, 1, dtype="float32"), 90, "3.6.0", "float32"),
+        (LatentLayout(512, 64, 1, dtype="fp8_ds_mla"), 90, "3.6.0", "fp8_ds_mla"),
+        (LatentLayout(512, 64, 1, dtype="float8_e4m3fn", scales=(1.0,)), 89, "3.6.0", "sm_89"),
         (LatentLayout(576, 64, 1), 90, "3.6.0", "576"),
         (LatentLayout(64, 64, 1), 90, "3.6.0", "64"),
         (LatentLayout(512, 128, 1), 90, "3.6.0", "128"),
@@ -30,3 +33,11 @@ def test_hopper_cards_get_the_hopper_kernel(rank: int, rope: int, dtype: str, ve
 def test_all_else_gets_the_plain_kernel_and_the_reason(layout: LatentLayout, arch: int, version: str, word: str) -> None:
     choice = choose_kernel(layout, arch, version)
     assert choice.kernel == "triton" and word in choice.why
+
+
+@pytest.mark.parametrize(
+    "layout", [LatentLayout(512, 64, 1, dtype="fp8_ds_mla"), LatentLayout(64, 32, 1, dtype="float8_e4m3fn", scales=(1.0,))]
+)
+def test_eight_bits_are_refused_where_nothing_converts_them(layout: LatentLayout) -> None:
+    with pytest.raises(InvalidValue, match="sm_86"):
+        choose_kernel(layout, 86, "3.6.0")

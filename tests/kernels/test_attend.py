@@ -65,7 +65,7 @@ def test_every_tile_of_the_table_is_possible() -> None:
     for arch in (80, 89, 90, 100, 120, 75):
         for heads in (1, 16, 17, 33, 128, 1024):
             for rank, rope in ((16, 16), (256, 32), (512, 64), (512, 256), (1024, 256)):
-                for dtype in (torch.bfloat16, torch.float32):
+                for dtype in (torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.uint8):
                     for several in (False, True):
                         tile = choose_tile(heads, rank, rope, dtype, arch, several)
                         assert tile.block_rows in (16, 32, 64)

@@ -76,7 +76,7 @@ def test_every_number_of_e4m3_and_every_middle_between_two_is_rounded_to_even() 
     numbers = torch.cat([numbers, -numbers]).float()
     numbers = torch.nn.functional.pad(numbers, (0, -len(numbers) % 64)).view(-1, 64)
     latent = torch.cat([numbers, torch.zeros(len(numbers), 16)], 1)
-    whole, pages = make_pool(FP8, 64, 16, 16)
+    _, pages = make_pool(FP8, 64, 16, 16)
     slots = torch.arange(len(latent))
     write_quantised(latent, slots, view_pages(pages, 64, 1.0))
     assert torch.equal(as_bytes(pages.flatten(0, 1)[: len(latent)]), as_bytes(torch_path.encode(latent, FP8)))
@@ -96,7 +96,7 @@ def test_nan_and_infinity_are_defined_and_cost_their_neighbours_nothing(dtype: t
     latent = torch.randn((4, 576), generator=torch.Generator().manual_seed(3))
     latent[0, [0, 200, 530]], latent[1, [1, 300, 540]], latent[1, [2, 575]] = nan, inf, -inf
     latent[2], latent[3] = 0.0, nan
-    whole, pages = make_pool(dtype, 512, 64, 16)
+    _, pages = make_pool(dtype, 512, 64, 16)
     write_quantised(latent, torch.arange(4), view_pages(pages, 512, SCALE))
     got = reference.read_latent(pages[0, :4], 512, SCALE)
     clean = torch.where(torch.isfinite(latent), latent, 0.0)
@@ -162,7 +162,7 @@ def test_projection_of_bad_positions_and_bad_rows_stays_in_its_row() -> None:
     raw = torch.randn((4, 80), generator=torch.Generator().manual_seed(5))
     cos_sin = torch.cat([torch.ones(10, 8), torch.zeros(10, 8)], 1)
     raw[3, 2] = float("nan")
-    whole, pages = make_pool(torch.float32, 64, 16, 16)
+    _, pages = make_pool(torch.float32, 64, 16, 16)
     for positions in (torch.tensor([0, 10, -1, 3]), torch.tensor([0, 2**40, -(2**62), 3])):
         write_projection(raw, torch.arange(4), view_pages(pages, 64), Projection(torch.ones(64), 1e-6, cos_sin, positions, "half", "half"))
         assert torch.isfinite(pages[0, 0]).all() and torch.isfinite(pages[0, 1:3, :64]).all()
@@ -171,7 +171,7 @@ def test_projection_of_bad_positions_and_bad_rows_stays_in_its_row() -> None:
 
 
 def test_writes_of_no_tokens_launch_nothing() -> None:
-    whole, pages = make_pool(torch.uint8, 512, 64, 16)
+    _, pages = make_pool(torch.uint8, 512, 64, 16)
     write_quantised(torch.empty(0, 576), torch.empty(0, dtype=torch.int64), view_pages(pages, 512))
 
 
