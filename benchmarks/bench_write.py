@@ -1,52 +1,91 @@
-"""Writing new latents to random slots on one GPU: checks the bytes, then times it beside torch's index_copy_ in the same run.
+"""Writing new latents to random slots on one GPU: checks the bytes, then times each format beside torch's index_copy_ in the same run.
 
-    python3 benchmarks/bench_write.py
+    python3 benchmarks/bench_write.py [TOKENS ...]
 
-Floor: each latent read once and written once at copy bandwidth, measured in the same run.
+Floor: each row read once and each slot written once at copy bandwidth, measured in the same run; or, where that is less, an empty kernel's
+launch by the same graph replay. raw: RMSNorm, rotation, rounding and write from the projection, in one launch.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
+import triton
 from measure import COLD_BYTES, graph_ms, print_header
 
+from kvmanager.attention import torch_path
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
-from kvmanager.kernels.latent_write import write_latent
+from kvmanager.kernels.latent_formats import view_pages
+from kvmanager.kernels.latent_write import Projection, write_latent, write_projection, write_quantised
+
+LAYOUTS = {
+    "bf16": LatentLayout(512, 64, 4),
+    "e4m3": LatentLayout(512, 64, 4, dtype="float8_e4m3fn", scales=(0.02,)),
+    "fp8_ds_mla": LatentLayout(512, 64, 4, dtype="fp8_ds_mla"),
+}
 
 
-def bench(num_tokens: int, copy: float) -> None:
-    layout = LatentLayout(512, 64, 4)
+@triton.jit
+def _empty_kernel(pointer):
+    pass
+
+
+def bench(num_tokens: int, name: str, copy: float, empty_ms: float) -> None:
+    layout = LAYOUTS[name]
     memory = PageMemory(layout, 4096, "cuda")
-    memory.pages.zero_()
+    memory.pages.view(torch.uint8).zero_()
     sets = max(4, min(64, COLD_BYTES // (num_tokens * layout.slot_bytes * 2)))
-    num_slots = memory.num_pages * layout.page_size
+    num_slots, rank = memory.num_pages * layout.page_size, layout.kv_lora_rank
     latent = [torch.randn((num_tokens, layout.entry), device="cuda").bfloat16() for _ in range(sets)]
     slots = [torch.randperm(num_slots, device="cuda")[:num_tokens] for _ in range(sets)]
-    write_latent(latent[0], slots[0], memory.layer(1), layout.kv_lora_rank)
-    got = memory.layer(1)[slots[0] // layout.page_size, slots[0] % layout.page_size]
-    if not torch.equal(got, latent[0]) or int(memory.pages.count_nonzero(dim=(1, 2, 3)).ne(0).sum()) > num_tokens:
-        raise SystemExit("write: wrong bytes")
+    weight, angle = torch.ones(rank, device="cuda").bfloat16(), torch.rand((65536, 32), device="cuda") * 6
+    cos_sin, positions = torch.cat([angle.cos(), angle.sin()], 1).bfloat16(), torch.arange(num_tokens, device="cuda")
+    stored = [view_pages(memory.layer(layer), rank, layout.scale_of(layer)) for layer in range(4)]
 
-    def ours(index: int) -> None:
-        write_latent(latent[index], slots[index], memory.layer(index % 4), layout.kv_lora_rank)
+    def write(index: int) -> None:
+        if layout.is_fp8:
+            write_quantised(latent[index], slots[index], stored[index % 4])
+        else:
+            write_latent(latent[index], slots[index], memory.layer(index % 4), rank)
+
+    def raw(index: int) -> None:
+        write_projection(
+            latent[index], slots[index], stored[index % 4], Projection(weight, 1e-6, cos_sin, positions, "interleaved", "half")
+        )
+
+    write(1)
+    where = (slots[1] // layout.page_size, slots[1] % layout.page_size)
+    got = memory.layer(1).view(torch.uint8)[where]
+    want = torch_path.encode(latent[1].cpu(), memory.pages.dtype, layout.scale_of(1)).view(torch.uint8)
+    if not torch.equal(got.cpu(), want) or int(memory.pages.view(torch.uint8).count_nonzero(dim=(1, 2, 3)).ne(0).sum()) > num_tokens:
+        raise SystemExit(f"{name}: wrong bytes")
+
+    def timed(call: Callable[[int], object]) -> float:
+        return graph_ms([lambda index=index: call(index) for index in range(sets)])  # type: ignore[misc]
 
     flat = torch.empty((num_slots, layout.entry), dtype=torch.bfloat16, device="cuda")
-    ms = graph_ms([lambda index=index: ours(index) for index in range(sets)])  # type: ignore[misc]
-    peer = graph_ms([lambda index=index: flat.index_copy_(0, slots[index], latent[index]) for index in range(sets)])  # type: ignore[misc]
-    floor = 2 * num_tokens * layout.slot_bytes / copy / 1e6
-    print(
-        f"{num_tokens:>8} tokens  floor {floor * 1e3:6.1f} us  write {ms * 1e3:6.1f} us  {floor / ms:5.1%} of floor"
-        f"  torch index_copy_ (one contiguous layer) {peer * 1e3:6.1f} us",
-        flush=True,
-    )
+    times = {"write": timed(write), "raw": timed(raw)}
+    if name == "bf16":
+        times["torch index_copy_ (one contiguous layer)"] = timed(lambda index: flat.index_copy_(0, slots[index], latent[index]))
+    floor = num_tokens * (layout.entry * 2 + layout.slot_bytes) / copy / 1e6
+    line = f"{num_tokens:>8} tokens  {name:>10}  floor {floor * 1e3:6.1f} us"
+    for what, ms in times.items():
+        line += f"  {what} {ms * 1e3:6.2f} us {floor / ms:6.1%} {ms / empty_ms:5.2f} x empty"
+    print(line, flush=True)
 
 
 def main() -> None:
     copy, _, _ = print_header()
-    print("512 + 64, bf16, page 64, 4 layers page-major, random slots; bytes checked first")
-    for num_tokens in (128, 4096, 65536):
-        bench(num_tokens, copy)
+    target = torch.zeros(16, device="cuda")
+    empty_ms = graph_ms([lambda: _empty_kernel[(1,)](target)] * 64)
+    print(f"512 + 64, page 64, 4 layers page-major, random slots; bytes checked first; an empty launch {empty_ms * 1e3:.2f} us")
+    for num_tokens in map(int, sys.argv[1:] or ("128", "4096", "65536")):
+        for name in LAYOUTS:
+            bench(num_tokens, name, copy, empty_ms)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
