@@ -151,7 +151,7 @@ class KVManager(Surface):
             any(not worker.fenced and now > worker.deadline_ms for worker in state.workers.values())
             or any(each.expired(now, state.version) for each in state.pins.values())
             or is_overdue(state, now)
-            or any(pool.quarantine and pool.oldest_quarantined() <= state.acked(pool.index) for pool in state.pools)
+            or any(pool.quarantine and pool.oldest_quarantined() <= state.reusable(pool.index) for pool in state.pools)
             or any(each.state is HandoffState.SEALED for each in state.handoffs.values())
             or any(each.state is HandoffState.ABORTED and each.version <= state.acked(each.target) for each in state.handoffs.values())
         ):

@@ -233,6 +233,8 @@ class Journal:
             if segment.torn:
                 self.files.truncate(self._handle, segment.end)
                 self.files.sync(self._handle)
+            # The life before may have ended between giving this segment its name and syncing that: what is appended now would go with it.
+            self.files.sync_folder(self.folder)
         except OSError as error:
             raise self._failed("open", error) from error
         self.name, self.version, self._size, self._start = segment.name, segment.last, segment.end, segment.start

@@ -53,7 +53,7 @@ def command_to_wire(command: Command) -> dict[str, Any]:
         counts = command.grow_counts
         if counts is ones(len(counts)) or (counts == 1).all():
             del wire["grow_counts"]  # the steady decode step
-    if isinstance(command, Step) and not command.seen:
+    if isinstance(command, (Step, Join)) and not command.seen:
         del wire["seen"]
     return wire
 

@@ -207,7 +207,8 @@ class Step:
                  and token ids known beyond them are forgotten
     fork         (sequence id, children) pairs, int64 [n, 2], or sequence ids for one child each: the children begin as the sequence was
                  before this step's growth
-    seen         version of the newest reply that the sender acts on: StaleEpoch if it was lost with its host; 0 is not checked
+    seen         version of the newest reply that the sender acts on: StaleEpoch if it was lost with its host, or if its last command was
+                 carried out later, and is one that it had given up; 0 is not checked
     victims      if pages run out, propose whom to preempt (see victims)
 
     Running sequences come before new ones: if pages run out, opens are refused first. An item that cannot be done is listed in the
@@ -374,6 +375,8 @@ class Join:
     layout    fingerprint of its latent layout; the first worker's becomes the pool's
     memory    how peers reach its pages, opaque to the manager (at most 4096 bytes)
     lease_ms  acknowledge at least this often or be fenced; 0 takes the manager's default
+    seen      version of the newest reply that the sender has seen. A worker of this name and client that joined later is this one: an
+              earlier request was given up, and carried out all the same. 0: the sender does not say
     """
 
     name: str
@@ -381,6 +384,7 @@ class Join:
     layout: str
     memory: bytes = b""
     lease_ms: int = 0
+    seen: int = 0
 
     def __post_init__(self) -> None:
         check_name("join.name", self.name)
@@ -388,6 +392,7 @@ class Join:
         check_name("join.layout", self.layout)
         object.__setattr__(self, "memory", check_bytes("join.memory", self.memory, MEMORY_BYTES_MAX))
         check_int("join.lease_ms", self.lease_ms, 0, 86_400_000)
+        check_int("join.seen", self.seen, 0, INT64_MAX)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

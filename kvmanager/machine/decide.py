@@ -73,7 +73,8 @@ def carry_out(state: State, command: Command, now_ms: int, client: int) -> tuple
     """What happens, as events in a draft, and the reply to it; all but the books of who asked."""
     draft = Draft(state)
     if isinstance(command, Step):
-        lives.check_seen(state, command.seen)
+        if command.seen:
+            lives.check_seen(state, command.seen, client)
         settle_pages(draft)  # before the step takes pages: what it evicts must not be what is being published
     reply = _DECIDERS[type(command)](draft, command, max(now_ms, state.now_ms), client)
     if isinstance(command, Flush):

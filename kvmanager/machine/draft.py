@@ -105,9 +105,9 @@ class PoolDraft:
 
     @cached_property
     def acked(self) -> int:
-        """What every worker of the pool has acknowledged. Most commands never ask."""
-        # Until every worker has acknowledged this life, one may be writing what a lost end of the log gave it: nothing is evicted.
-        acked = self._draft.acked(self.pool.index)
+        """What was last used up to this version may be evicted. Most commands never ask."""
+        # Until every worker has acknowledged this life, one may be touching what a lost end of the log gave it: nothing is evicted.
+        acked = self._draft.reusable(self.pool.index)
         return acked if acked >= self._draft.state.begun else -1
 
     def match(self, namespace: bytes, tokens: bytes, pages_max: int) -> Match:
@@ -299,6 +299,14 @@ class Draft:
             (max(workers[each].acked, self.acks.get(each, 0)) for each in self.state.pool_workers[pool] if each not in self.dead),
             default=NEVER,
         )
+
+    def reusable(self, pool: int) -> int:
+        """As State.reusable, with what this command brings."""
+        acked, begun = self.acked(pool), self.state.begun
+        for each in self.state.unsettled:
+            if self.acks.get(each, 0) < begun and each not in self.dead:
+                return min(acked, begun - 1)
+        return acked
 
     def live_workers(self, pool: int) -> list[int]:
         return [each for each in self.state.live_workers(pool) if each not in self.dead and each not in self.fenced]

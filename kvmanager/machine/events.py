@@ -25,7 +25,7 @@ class PoolAdded(NamedTuple):
 
 
 class WorkerJoined(NamedTuple):
-    """A worker with fresh memory. `memory` says how others reach it: opaque bytes here, a peer's business."""
+    """A worker with fresh memory. `memory` says how others reach it: opaque bytes here, a peer's business. `client` asked for it."""
 
     worker: int
     name: str
@@ -33,6 +33,7 @@ class WorkerJoined(NamedTuple):
     layout: str
     memory: bytes
     lease_ms: int
+    client: int
 
 
 class WorkerAcked(NamedTuple):
@@ -328,6 +329,7 @@ class WorkerRestored(NamedTuple):
     acked: int
     deadline_ms: int
     fenced: int
+    joined: int
 
 
 class NodesRestored(NamedTuple):
@@ -424,6 +426,7 @@ class HandoffRestored(NamedTuple):
     target_pages: Ints32
     target_node: int
     pulled: Ints64
+    target_flushed: int
 
 
 class AccountRestored(NamedTuple):

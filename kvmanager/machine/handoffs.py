@@ -244,6 +244,8 @@ def apply_resident(state: State, event: ev.HandoffResident) -> None:
     sequence.pool, sequence.node, sequence.published = handoff.target, handoff.target_node, handoff.target_shared
     sequence.written = dict.fromkeys(handoff.pulled, handoff.length)
     sequence.handoff, sequence.sealed = 0, False
+    if handoff.target_flushed:
+        sequence.shared, sequence.unlisted = handoff.target_flushed, True
     note_publishable(state, sequence)
     note_place(state, sequence)
     notify(state, handoff.owner, Notice("resident", handoff.sequence_id, event.handoff, target.name))
@@ -261,7 +263,7 @@ def apply_aborted(state: State, event: ev.HandoffAborted) -> None:
         target = state.pools[handoff.target]
         let_go(state, target, handoff.namespace, handoff.target_pages, handoff.target_shared, handoff.target_node)
         target.prefix.leave(handoff.namespace)
-        handoff.target_pages, handoff.target_shared, handoff.target_node = [], 0, None
+        handoff.target_pages, handoff.target_shared, handoff.target_flushed, handoff.target_node = [], 0, 0, None
     else:
         del state.handoffs[event.handoff]  # nobody was told to read anything
 

@@ -99,6 +99,7 @@ def epoch_begun(state: State, event: ev.EpochBegun) -> None:
     while len(state.past) > LIVES_MAX:
         del state.past[next(iter(state.past))]
     state.begun = state.version
+    state.unsettled = dict.fromkeys(state.workers)
     state.next_generation += _IDS
     state.next_worker += _IDS
     state.next_handoff += _IDS
@@ -120,6 +121,7 @@ def epoch_begun(state: State, event: ev.EpochBegun) -> None:
 def lives_restored(state: State, event: ev.LivesRestored, _: Any) -> None:
     state.past = dict(zip(event.epochs.tolist(), event.lasts.tolist(), strict=True))
     state.begun = event.begun
+    state.unsettled = {worker.worker_id: None for worker in state.workers.values() if worker.acked < state.begun}
 
 
 def restore_events(state: State) -> list[Any]:
@@ -164,12 +166,22 @@ def was_lost(state: State, version: int) -> bool:
     return version < state.begun and any(last < version < first_version(last) for last in state.past.values())
 
 
-def check_seen(state: State, version: int) -> None:
-    """Raises StaleEpoch if a scheduler acts on a reply that is no part of this log: what it was told then did not happen."""
+def check_seen(state: State, version: int, client: int) -> None:
+    """Raises StaleEpoch if a scheduler acts on a reply that is no part of this log: what it was told then did not happen. Or if it has not
+    seen the reply to its last command: it had given it up, and that was carried out all the same."""
+    record = state.clients.get(client)
+    if record is not None and version < record.version:
+        raise StaleEpoch(
+            f"step.seen: expected at least version {record.version}, the one of this client's request {record.number}, got {version}: "
+            "its reply never came, and it was carried out",
+            epoch=state.epoch,
+            version=state.version,
+        )
     if version > state.version or was_lost(state, version):
         raise StaleEpoch(
             f"step.seen: expected a version of the log of epoch {state.epoch}, got {version}: the manager came back without it",
             epoch=state.epoch,
+            version=state.version,
         )
 
 

@@ -30,7 +30,7 @@ def settle_pages(draft: Draft) -> None:
 
 
 def _release(draft: Draft, pool: Pool) -> None:
-    acked = draft.acked(pool.index)
+    acked = draft.reusable(pool.index)
     serials: list[int] = []
     pages: list[np.ndarray] = []
     for serial, entry in pool.quarantine.items():

@@ -48,7 +48,10 @@ def _pool_restored(state: State, event: ev.PoolRestored, _: Restoring) -> None:
 
 def _worker_restored(state: State, event: ev.WorkerRestored, _: Restoring) -> None:
     worker = state.workers[event.worker]
-    worker.acked, worker.deadline_ms, worker.fenced = event.acked, event.deadline_ms, bool(event.fenced)
+    worker.joined, worker.acked = event.joined, event.acked
+    worker.deadline_ms, worker.fenced = event.deadline_ms, bool(event.fenced)
+    if worker.acked < state.begun:
+        state.unsettled[event.worker] = None
 
 
 def _nodes_restored(state: State, event: ev.NodesRestored, restoring: Restoring) -> None:
@@ -149,6 +152,7 @@ def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restor
         event.target_pages.tolist(),
         None,
         dict.fromkeys(event.pulled.tolist()),
+        event.target_flushed,
     )
     state.handoffs[event.handoff] = handoff
     if handoff.source_pages:

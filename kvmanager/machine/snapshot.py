@@ -34,8 +34,9 @@ def snapshot(state: State, *, with_index: bool = True) -> EventBatch:
     for pool in state.pools:
         events.append(ev.PoolAdded(pool.index, pool.name, pool.group, pool.num_pages, pool.page_size, pool.workers_expected, pool.layout))
     for worker in state.workers.values():
-        events.append(ev.WorkerJoined(worker.worker_id, worker.name, worker.pool, worker.layout, worker.memory, worker.lease_ms))
-        events.append(ev.WorkerRestored(worker.worker_id, worker.acked, worker.deadline_ms, int(worker.fenced)))
+        how = worker.layout, worker.memory, worker.lease_ms, worker.client
+        events.append(ev.WorkerJoined(worker.worker_id, worker.name, worker.pool, *how))
+        events.append(ev.WorkerRestored(worker.worker_id, worker.acked, worker.deadline_ms, int(worker.fenced), worker.joined))
     if with_index:
         events.append(ev.ExtrasNamed(*state.extras.named()))  # first: what follows counts as its users
     for pool in state.pools:
@@ -124,6 +125,7 @@ def snapshot(state: State, *, with_index: bool = True) -> EventBatch:
                 np.array(handoff.target_pages, np.int32),
                 numbers[handoff.target].get(target_node, 0) if target_node is not None else 0,
                 np.array(list(handoff.pulled), np.int64),
+                handoff.target_flushed,
             )
         )
     for prompt in state.waiting.values() if with_index else ():

@@ -45,7 +45,11 @@ class Notice(NamedTuple):
 
 @dataclass(slots=True)
 class Worker:
-    """One process with page memory. Its id is never used again: a worker that joins anew is another one, with fresh memory."""
+    """One process with page memory. Its id is never used again: a worker that joins anew is another one, with fresh memory.
+
+    client  that asked for it to join
+    joined  version in which it did
+    """
 
     worker_id: int
     name: str
@@ -53,6 +57,8 @@ class Worker:
     layout: str
     memory: bytes
     lease_ms: int
+    client: int
+    joined: int
     acked: int
     deadline_ms: int
     fenced: bool = False
@@ -120,6 +126,7 @@ class State:
         self.next_pin = 1
         self.past: dict[int, int] = {}  # earlier lives that this log continues, oldest first: epoch -> its last version
         self.begun = 0  # the first version of this life, if it continues another
+        self.unsettled: dict[int, None] = {}  # workers that have not acknowledged it, of all pools
 
     # --- queries -------------------------------------------------------------------------------------------------------------
 
@@ -153,6 +160,15 @@ class State:
     def acked(self, pool: int) -> int:
         """The version that every worker of the pool has acknowledged, fenced ones included: they may still be writing."""
         return min((self.workers[worker].acked for worker in self.pool_workers[pool]), default=NEVER)
+
+    def reusable(self, pool: int) -> int:
+        """Pages of the pool that were let go up to this version may be handed out: nobody can be touching them any more.
+
+        After a restart that is nothing before the workers of all pools have acknowledged this life, or are known dead: by an end of the
+        log that was lost with its host, any of them may have been told to pull from here.
+        """
+        acked = self.acked(pool)
+        return min(acked, self.begun - 1) if self.unsettled else acked
 
     def live_workers(self, pool: int) -> list[int]:
         return [worker for worker in self.pool_workers[pool] if not self.workers[worker].fenced]

@@ -6,6 +6,7 @@ nothing more until it is below. Copies that truncations need are never refused, 
 
 A flush takes the tenant's cached pages out of the index, and ends its pins. Pages that nobody holds go into quarantine, as any page that is
 freed. Sequences that are open go on, *unlisted*: what they hold is found by nobody and never published again, and is free when they close.
+So does a sequence whose handoff shares flushed pages in its target pool, once it is there.
 Waiting prompts go on waiting. Costs what the tenant has (and one look at each open sequence), not what the pool has.
 """
 
@@ -139,6 +140,7 @@ def apply_flushed(state: State, event: ev.TenantFlushed) -> None:
             if handoff.source == pool.index and handoff.source_node is not None:
                 handoff.source_node, handoff.source_indexed = None, 0
             if handoff.target == pool.index and handoff.target_node is not None:
+                handoff.target_flushed = max(handoff.target_flushed, handoff.target_shared)
                 handoff.target_node, handoff.target_shared = roots[handoff.namespace], 0
 
 

@@ -23,6 +23,12 @@ __all__ = ["ack", "apply_acked", "apply_dead", "apply_fenced", "apply_joined", "
 def join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any]:
     state = draft.state
     pool = state.pool(command.pool)
+    unheard = _unheard(state, pool.index, command, client)
+    if unheard is not None and not unheard.fenced:
+        return {"worker": unheard.worker_id, "lease_ms": unheard.lease_ms, "epoch": state.epoch}
+    if unheard is not None:  # its lease ended before its process heard of it, and that process is asking anew
+        draft.dead[unheard.worker_id] = None
+        draft.events.append(ev.WorkerDead(unheard.worker_id))
     if len(state.workers) >= state.config.workers_max:
         raise TooMany("workers", state.config.workers_max)
     if len(state.live_workers(pool.index)) >= pool.workers_expected:
@@ -33,8 +39,21 @@ def join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any
         # Fresh memory beside pages that hold something: this worker would read garbage.
         raise WrongState("pool", pool.name, "an empty pool for a worker with fresh memory", "cached pages or open sequences")
     lease_ms = command.lease_ms or state.config.lease_ms
-    draft.events.append(ev.WorkerJoined(state.next_worker, command.name, pool.index, command.layout, command.memory, lease_ms))
+    draft.events.append(ev.WorkerJoined(state.next_worker, command.name, pool.index, command.layout, command.memory, lease_ms, client))
     return {"worker": state.next_worker, "lease_ms": lease_ms, "epoch": state.epoch}
+
+
+def _unheard(state: State, pool: int, command: Join, client: int) -> Worker | None:
+    """The worker that an earlier request of this client made, if that was given up and carried out all the same: nobody has heard of it,
+    so nobody else could work for it, or say that it is dead."""
+    if not command.seen:
+        return None
+    for worker_id in state.pool_workers[pool]:
+        worker = state.workers[worker_id]
+        asked = worker.client, worker.name, worker.layout, worker.memory
+        if worker.joined > command.seen and asked == (client, command.name, command.layout, command.memory):
+            return worker
+    return None
 
 
 def ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]:
@@ -121,6 +140,8 @@ def apply_joined(state: State, event: ev.WorkerJoined) -> None:
         event.layout,
         event.memory,
         event.lease_ms,
+        event.client,
+        joined=state.version,
         acked=state.version,  # it has never seen anything older
         deadline_ms=state.now_ms + event.lease_ms,
     )
@@ -133,6 +154,8 @@ def apply_acked(state: State, event: ev.WorkerAcked) -> None:
     worker = state.workers[event.worker]
     worker.acked = max(worker.acked, event.version)
     worker.deadline_ms = state.now_ms + worker.lease_ms
+    if event.version >= state.begun:
+        state.unsettled.pop(event.worker, None)
 
 
 def apply_written(state: State, event: ev.SequencesWritten) -> None:
@@ -148,3 +171,4 @@ def apply_fenced(state: State, event: ev.WorkerFenced) -> None:
 
 def apply_dead(state: State, event: ev.WorkerDead) -> None:
     state.pool_workers[state.workers.pop(event.worker).pool].remove(event.worker)
+    state.unsettled.pop(event.worker, None)

@@ -40,6 +40,7 @@ class Handoff:
     source_pages    the sequence's table at `moving`, held by the handoff
     source_indexed  how many of those lead in the source's prefix index, ending at source_node
     target_shared   leading pages that the target already had: not moved
+    target_flushed  leading pages that were such before the tenant was flushed there: others may still hold them, unlisted
     target_pages    the whole table in the target pool, shared pages first
     pulled          workers of the target pool that have reported the pull as done and verified
     """
@@ -60,3 +61,4 @@ class Handoff:
     target_pages: list[int] = field(default_factory=list)
     target_node: Node | None = None
     pulled: dict[int, None] = field(default_factory=dict)
+    target_flushed: int = 0

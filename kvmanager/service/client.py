@@ -10,7 +10,7 @@ import zmq
 
 from kvmanager.errors import BadMessage, InvalidValue, JournalFailed, KVError, ManagerUnreachable, StaleEpoch
 from kvmanager.machine.command_wire import command_to_wire
-from kvmanager.machine.commands import Command, Step
+from kvmanager.machine.commands import Command, Join, Step
 from kvmanager.service import wire
 from kvmanager.surface import Surface
 
@@ -35,7 +35,7 @@ class KVClient(Surface):
         self.resend_ms = resend_ms
         self.client_id = secrets.randbits(62) + 2  # 1 is the embedding program's
         self._number = 0
-        self._seen = 0  # version of the newest reply
+        self._seen = 1  # version of the newest reply; the first is in every log
         self._context = zmq.Context()
         self._message_bytes_max = message_bytes_max
         self._socket = self._connect()
@@ -70,12 +70,13 @@ class KVClient(Surface):
 
     def _execute(self, command: Command) -> dict[str, Any]:
         body = command_to_wire(command)
-        if isinstance(command, Step) and self._seen:
+        if isinstance(command, (Step, Join)):
             body["seen"] = self._seen
         try:
             reply = self._ask(body)
-        except StaleEpoch:
-            self._seen = 0  # told once; what is asked from now on is asked by somebody who knows
+        except StaleEpoch as error:
+            # Told once; what is asked from now on is asked by somebody who knows.
+            self._seen = error.details.get("version", self._seen)
             raise
         self._seen = max(self._seen, reply["version"])
         return reply

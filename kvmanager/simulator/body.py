@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvmanager.errors import Fenced, JournalFailed, KVError, ReplicaGap, StaleEpoch, StaleStep
+from kvmanager.errors import Fenced, KVError, ReplicaGap, StaleEpoch, StaleStep
 from kvmanager.machine.command_wire import command_to_wire
 from kvmanager.machine.commands import Ack, Join
 from kvmanager.machine.lives import first_version
@@ -51,6 +51,7 @@ class Body:
         self._waiting_for = self._waiting_since = 0  # a step that waits for its order, and since when
         self._joined_at = 0
         self._page_us = world.rng.choice((300, 1_000, 30_000))  # to copy one page of a pull
+        self.patience_us = world.rng.choice((0, 40_000, 400_000))  # to wait for an answer to its joining
         self._lives = 0  # of the manager's, that the replica has followed
         self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
         self._copies: dict[int, Pull] = {}
@@ -166,16 +167,21 @@ class Body:
         if isinstance(reply, KVError):
             raise Broken(f"{self.name}: tables refused: {reply}")
         self.replica.load(reply["tables"])
-        for work in list(self._works()):
-            if work.version <= self.replica.version:  # steps that it went past and will never run
-                self._holes[work.sequence] = None
-                self._works().remove(work)
-        for chore in self._chores_up_to(self.replica.version):  # copies that it will never make
-            self._holes[chore.sequences[0]] = None
+        self._skip_unheard()
         if not self.loaded:
             self.loaded = True
             self._ask_join()
         self._look()
+
+    def _skip_unheard(self) -> None:
+        """What a snapshot went past, and what was decided for this worker before it knew that it had joined."""
+        replica, copies = self.replica, self.replica.copies()
+        for work in list(self._works()):
+            if work.version <= replica.version and work.version != replica.step:  # steps that it will never run
+                self._holes[work.sequence] = None
+                self._works().remove(work)
+        for chore in self._chores_up_to(replica.version if copies is None else copies.version - 1):  # copies that it will never make
+            self._holes[chore.sequences[0]] = None
 
     def _ask_join(self) -> None:
         def answered(reply: dict[str, Any] | KVError) -> None:
@@ -188,11 +194,12 @@ class Body:
                 self.kill()
                 return
             self._joined_at = self.joined.acked
+            self._skip_unheard()
             self._look()
 
         if self.alive:
-            command = Join(self.name, self.model.config.pools[self.pool].name, "layout")
-            self.caller.ask(command_to_wire(command), lambda reply: self.receive(answered, reply))
+            command = Join(self.name, self.model.config.pools[self.pool].name, "layout", seen=1)
+            self.caller.ask(command_to_wire(command), lambda reply: self.receive(answered, reply), self.patience_us)
 
     def published(self, topic: bytes, data: bytes) -> None:
         self.receive(self._take_in, topic, data)
@@ -232,6 +239,7 @@ class Body:
             return  # its joining was lost with the end of the log: the next acknowledgement will tell
         while self.replica.step and self.replica.step <= self._joined_at:
             self._done_with(self.replica.step, [])  # it was somebody else's, before this worker joined
+            self._see_to_copies()
         if self.replica.step and self._waiting_for != self.replica.step:
             self._waiting_for, self._waiting_since = self.replica.step, self.world.now_us
         if self.replica.step in self._orders:
@@ -271,7 +279,8 @@ class Body:
             self._go_past(here)
             asked = sorted(zip(*(column.tolist() for column in copies[1:]), strict=True))
             known = sorted((chore.source, chore.target, len(chore.stamps)) for chore in here if chore.stamps)
-            demand(self.joined is None or asked == known, f"{self.name}: step {copies.version} copies {asked}, the books have {known}")
+            own = self.joined is not None and copies.version > self._joined_at
+            demand(not own or asked == known, f"{self.name}: step {copies.version} copies {asked}, the books have {known}")
             self.replica.copied(copies.version)
         self._go_past(self._chores_up_to(self.replica.version))
 
@@ -392,12 +401,9 @@ class Body:
         self._acking, self._acked_at = True, self.world.now_us
         ack = Ack(self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of)
         command = command_to_wire(ack)
-        self.caller.ask(command, lambda reply: self.receive(self._ack_answered, command, reply))
+        self.caller.ask(command, lambda reply: self.receive(self._ack_answered, reply))
 
-    def _ack_answered(self, command: dict[str, Any], reply: dict[str, Any] | KVError) -> None:
-        if isinstance(reply, JournalFailed):  # later, then: what it says has been taken note of here
-            self._later(20_000, self.caller.ask, command, lambda reply: self.receive(self._ack_answered, command, reply))
-            return
+    def _ack_answered(self, reply: dict[str, Any] | KVError) -> None:
         self._acking = False
         if isinstance(reply, (Fenced, StaleEpoch)):
             self.kill()  # it ends itself; whoever watches over it says so

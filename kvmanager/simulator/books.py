@@ -140,6 +140,8 @@ class Move:
     state: str = "prefilling"
     source_pages: list[int] = field(default_factory=list)
     target_pages: list[int] = field(default_factory=list)
+    shared: int = 0  # leading pages that the target had already
+    flushed: bool = False  # and its tenant was flushed there since
 
 
 @dataclass

@@ -196,7 +196,7 @@ class Host:
         except Stopped:
             self._die()
             return
-        if self.world.faults.happens("crash", self.world.rng):
+        if self.manager is not None and self.world.faults.happens("crash", self.world.rng):
             self.crash()
             return
         self.network.send("manager", link, answer, reply)

@@ -114,7 +114,7 @@ def shorten(found: Outcome, tries: int = TRIES_MAX) -> Outcome:
 def _cut(outcome: Outcome) -> Outcome:
     """A run that failed before it healed need not be longer than the command that failed."""
     if not outcome.healing:
-        outcome.asked = min(outcome.asked, max(1, outcome.steps))
+        outcome.asked = min(outcome.asked, outcome.steps + 1)  # one more: it may have failed while the manager was down
     return outcome
 
 

@@ -88,6 +88,12 @@ class Model:
             run.append(found[0])
         return run
 
+    def let_go_up_to(self, pool: int) -> int:
+        """Pages let go up to this version nobody can be touching: after a restart, none before all workers of all pools have heard of it."""
+        acked = min((worker.acked for worker in self.crew(pool, fenced=True)), default=self.version)
+        settled = all(worker.acked >= self.begun for worker in self.workers.values())
+        return acked if settled else min(acked, self.begun - 1)
+
     # --- checks ---
 
     def check_content(self, pool: int, pages: list[int], stamps: list[int], what: str) -> None:
@@ -119,6 +125,8 @@ class Model:
         if self.replaying:
             return
         freed = self.dropped[pool].get(page, 0)
+        for worker in self.workers.values():  # whatever a lost end of the log may have told it, of this pool or another
+            demand(worker.acked >= self.begun, f"{what}: page {page} before {worker.name} acknowledged the life begun in {self.begun}")
         for worker in self.crew(pool, fenced=True):
             demand(worker.acked >= freed, f"{what}: page {page} freed in {freed}, {worker.name} acknowledged {worker.acked}")
             for version, pages in [(work.version, work.pages) for work in worker.works] + [
@@ -224,7 +232,7 @@ class Model:
             used = sum(count > 0 for count in owners.values())
             cached = sum(not owners[page] for page in indexed)
             counts = pool.counts()
-            acked = min((worker.acked for worker in self.crew(number, fenced=True)), default=self.version)
+            acked = self.let_go_up_to(number)
             held = sum(freed > acked and not owners[page] and page not in indexed for page, freed in self.dropped[number].items())
             demand(counts.quarantined >= held, f"pool {pool.name}: {counts}, the model has {held} freed after the last acknowledgement")
             demand(

@@ -137,7 +137,7 @@ class _Expected:
 
 def _surely_free(model: Model, pool: int) -> int:
     """Pages that nobody has, nobody finds, and every worker has let go of. More may be had by evicting."""
-    acked = min((worker.acked for worker in model.crew(pool, fenced=True)), default=model.version)
+    acked = model.let_go_up_to(pool)
     owners, indexed = model.owners(pool), {page for page, _ in model.index[pool].values()}
     return sum(
         not owners[page] and page not in indexed and model.dropped[pool].get(page, 0) <= acked

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvmanager.errors import KVError, StaleEpoch
+from kvmanager.errors import KVError, ManagerUnreachable, StaleEpoch
 from kvmanager.machine.command_wire import command_to_wire
 from kvmanager.machine.commands import Command, Step
 from kvmanager.simulator.books import PAGE, Move, Text
@@ -66,7 +66,12 @@ class Seat:
         self.documents: list[list[int]] = of_the_day["documents"]
         self.last_grow: tuple[list[int], list[int]] = ([], [])
         self.healing = False
-        self.seen = 0
+        self.seen = 1
+        # It draws from the model as if every reply had come. What it has given up it has not seen; the manager says so, unless a lost
+        # host took that very command with it: nobody could have acted on it then.
+        chances = world.faults.chances
+        self._may_go_back = chances["crash"] > 0 and chances["torn"] > 0
+        self._unsure = False
         self._order = order
         self._weights = [30.0, *(self.drawn(f"rate of {each.name}", *each.rates) for each in self._actions())]
         self._think()
@@ -96,6 +101,8 @@ class Seat:
                 self.send(Step(close=[*self.model.texts, *orphans]))
             elif commands := [command for healer in HEALERS for command in healer(self)]:
                 self.send(commands[0])
+        elif self._unsure and self._may_go_back:
+            self.send(Step())
         elif orphans and self.rng.random() < 0.1:
             self.send(Step(close=orphans))
         else:
@@ -112,13 +119,15 @@ class Seat:
     def send(self, command: Command, client: int = 0) -> None:
         """Ask, and go on when the reply has come."""
         body = command_to_wire(command)
-        if isinstance(command, Step) and self.seen:
+        if isinstance(command, Step):
             body["seen"] = self.seen
-        self.caller.ask(body, self._answered)
+        patience_us = 0 if self.healing else self.drawn("patience", 0, 0, 100_000, 1_000_000)
+        self.caller.ask(body, self._answered, patience_us)
 
     def _answered(self, reply: dict[str, Any] | KVError) -> None:
+        self._unsure = isinstance(reply, ManagerUnreachable)
         if isinstance(reply, StaleEpoch):
-            self.seen = 0
+            self.seen = reply.details["version"]
         if not isinstance(reply, KVError):
             self.seen = max(self.seen, reply["version"])
             self._order(reply["version"], self.caller.name)

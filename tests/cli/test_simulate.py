@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from kvmanager.cli import main
 from kvmanager.pages.pool import Pool
+from kvmanager.simulator.crew import Job, outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +60,36 @@ def test_json_says_what_happened() -> None:
     done = simulate("--seed", 4, "--steps", 300, "--json")
     run, total = map(json.loads, done.stdout.splitlines())
     assert done.exit_code == 0 and run["ok"] and run["seed"] == 4 and run["steps"] >= 300 and run["seen"]["SequenceOpened"]
-    assert total == {"seeds": 1, "steps": run["steps"], "failed": []}
+    assert total == {"seeds": 1, "steps": run["steps"], "failed": [], "restarts": run["seen"].get("restart", 0), "not_run": 0}
+
+
+def test_a_range_of_seeds_and_a_limit_of_time() -> None:
+    """What is not run in time is counted; what is run is what it would have been without a limit."""
+    first = simulate("--seeds", "7..9", "--steps", 60, "--faults", "none")
+    lines = first.output.splitlines()
+    assert lines[0].startswith("seeds 7 to 9, 60 steps") and [line.split()[1] for line in lines[1:4]] == ["7:", "8:", "9:"]
+    hurried = simulate("--seeds", "7..100000", "--steps", 60, "--faults", "none", "--minutes", 0.01).output.splitlines()
+    assert hurried[1:4] == lines[1:4]
+    run, left = (int(word) for word in re.findall(r"of (\d+) seeds, (\d+) not run", hurried[-2])[0])
+    assert run >= 3 and run + left == 100_000 - 6
+
+
+class Ender:
+    """Ends the process that unpickles it, as the kernel does when memory runs out."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (9,)
+
+
+def test_a_process_that_ends_costs_its_seed_alone() -> None:
+    """And a time limit ends what is under way."""
+    jobs = [Job(seed, 40, (), False) for seed in range(5)]
+    jobs[1] = jobs[1]._replace(steps=Ender())  # type: ignore[arg-type]
+    found = list(outcomes(jobs, 2))
+    assert [each.seed for each in found] == [0, 1, 2, 3, 4]
+    assert [bool(each.error) for each in found] == [False, True, False, False, False]
+    assert "exit code 9" in found[1].error
+    assert list(outcomes(jobs, 2, deadline=0)) == []
 
 
 @pytest.mark.parametrize(
@@ -67,8 +99,12 @@ def test_json_says_what_happened() -> None:
         (("--seed", -1), "--seed"),
         (("--steps", 0), "--steps"),
         (("--jobs", 0), "--jobs"),
+        (("--seeds", "9..7"), "FIRST..LAST"),
+        (("--seeds", "0"), "FIRST..LAST"),
+        (("--seeds", "1..3", "--seed", 2), "--seed"),
+        (("--minutes", 0), "--minutes"),
     ],
-    ids=["faults", "seed", "steps", "jobs"],
+    ids=["faults", "seed", "steps", "jobs", "range", "no-seeds", "two-firsts", "minutes"],
 )
 def test_wrong_arguments_are_named(arguments: tuple[object, ...], says: str) -> None:
     done = simulate(*arguments)
@@ -77,5 +113,5 @@ def test_wrong_arguments_are_named(arguments: tuple[object, ...], says: str) -> 
 
 def test_help_names_every_option_and_fault() -> None:
     help_text = simulate("--help").output
-    for word in ("--seed", "--seeds", "--steps", "--faults", "--jobs", "--journals", "--json", "loss", "crash", "torn"):
+    for word in ("--seed", "--seeds", "--steps", "--faults", "--jobs", "--minutes", "--journals", "--json", "loss", "crash", "torn"):
         assert word in help_text

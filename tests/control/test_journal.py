@@ -370,6 +370,27 @@ def test_a_folder_that_cannot_be_synced_costs_the_next_command_and_not_the_one_t
     assert reborn(life.files).kv.recovered.segment.last == last  # type: ignore[union-attr]
 
 
+def test_a_segment_whose_name_was_not_synced_is_not_built_upon() -> None:
+    """The simulator's find: a folder could not be synced, so the process ended; the next one went on with the new segment, its host was
+    lost and the name with it, and the life after that began where an earlier one had, with the same versions for other things."""
+    life = Life(MemoryFiles(), segment_bytes=1000)
+    life.join()
+
+    def fault(operation: str, name: str, size: int) -> int | None:
+        if operation == "sync_folder":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return None
+
+    life.files.fault = fault
+    with pytest.raises(JournalFailed, match="new segment"):
+        for _ in range(200):
+            life.kv.step()
+    second = reborn(life.files)
+    third = Life(second.files.lost())
+    assert third.kv.recovered is not None and third.kv.recovered.segment.last >= second.kv.state.begun
+    assert third.kv.state.begun > second.kv.state.version
+
+
 @pytest.mark.parametrize("operation", ["create", "write", "sync", "rename"])
 def test_a_snapshot_that_cannot_be_written_harms_nothing(operation: str) -> None:
     """The old segment goes on, the leftover is gone, and it is tried again later."""

@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.errors import BadMessage, Internal, KVError
+from kvmanager.errors import BadMessage, Internal, KVError, StaleEpoch, WrongState
 from kvmanager.machine import decide as decide_module
 from kvmanager.machine.commands import Ack, Join, Open, Step, Tick, WorkerGone
 from kvmanager.machine.snapshot import state_digest
@@ -68,6 +68,46 @@ def test_a_late_copy_of_a_refused_request_is_refused_too(manager: KVManager) -> 
         manager.execute(Step(), 77, 4)
     assert state_digest(manager.state) == digest
     manager.execute(Join("A1", "A", "bf16"), 77, 6)
+
+
+def test_a_step_whose_sender_has_not_seen_the_reply_to_its_last_command_is_refused_once(manager: KVManager) -> None:
+    """The simulator's find: a step was given up, a copy of it was carried out late, and the next step appended the same token ids again."""
+    opened = msgpack.unpackb(manager.execute(Step(opens=[Open(tokens(20), "A", chunk=20)]), 77, 1))
+    sequence, seen = opened["opened"][0][0], opened["version"]
+    appending = Step(tokens=[(sequence, [5])], seen=seen)
+    manager.execute(appending, 77, 2)  # the late copy, of which its sender never hears
+    digest = state_digest(manager.state)
+    with pytest.raises(StaleEpoch, match="its reply never came, and it was carried out") as caught:
+        manager.execute(appending, 77, 3)
+    assert state_digest(manager.state) == digest
+    assert caught.value.details["version"] == manager.state.version
+    manager.execute(Step(tokens=[(sequence, [6])], seen=caught.value.details["version"]), 77, 4)
+    manager.execute(Step(seen=seen), 78, 1)  # another client has had every reply
+
+
+def test_a_joining_that_was_given_up_and_carried_out_all_the_same_is_found_again(manager: KVManager) -> None:
+    """The simulator's find: nobody knew of the worker that a late copy had made, and pages freed since waited for it for ever."""
+    manager.worker_gone(2)
+    seen = manager.state.version
+    made = msgpack.unpackb(manager.execute(Join("B0", "B", "bf16", seen=seen), 77, 1))
+    again = msgpack.unpackb(manager.execute(Join("B0", "B", "bf16", seen=seen), 77, 2))
+    assert again["worker"] == made["worker"] and len(manager.state.workers) == 2
+    for other in (Join("B1", "B", "bf16", seen=seen), Join("B0", "B", "bf16", seen=again["version"]), Join("B0", "B", "bf16")):
+        with pytest.raises(WrongState, match="live workers"):  # another worker; one that has heard; one that does not say
+            manager.execute(other, 77, 1000 + manager.state.version)
+    with pytest.raises(WrongState, match="live workers"):
+        manager.execute(Join("B0", "B", "bf16", seen=seen), 78, 1)
+
+
+def test_one_that_was_fenced_before_its_process_heard_of_it_makes_room() -> None:
+    now = [0]
+    manager = KVManager(ManagerConfig(pools=(PoolConfig("A", 8, page_size=16),)), clock=lambda: now[0], checked=True)
+    made = msgpack.unpackb(manager.execute(Join("A0", "A", "bf16", seen=1), 77, 1))
+    now[0] = 1_000_000
+    manager.tick()
+    assert manager.state.workers[made["worker"]].fenced
+    again = msgpack.unpackb(manager.execute(Join("A0", "A", "bf16", seen=1), 77, 2))
+    assert list(manager.state.workers) == [again["worker"]] != [made["worker"]]
 
 
 def test_refusals_are_remembered_for_as_many_clients_as_there_may_be(manager: KVManager) -> None:

@@ -16,7 +16,9 @@ from kvmanager.log.journal import Journal, Segment
 from kvmanager.machine import decide as decide_module
 from kvmanager.machine import lives
 from kvmanager.machine import publishing as publishing_module
-from kvmanager.machine.draft import Draft
+from kvmanager.machine import workers as workers_module
+from kvmanager.machine.draft import Draft, PoolDraft
+from kvmanager.machine.state import State
 from kvmanager.pages.pool import Pool
 from kvmanager.simulator.hunt import Outcome, live
 from kvmanager.worker.replica import AckContent, Replica
@@ -68,16 +70,7 @@ def free_pages_not_held_over_a_restart(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def evicted_before_the_new_life_is_acknowledged(patch: pytest.MonkeyPatch) -> None:
-    honest = Draft.pool
-
-    def pool(self: Draft, index: int) -> Any:
-        begun, self.state.begun = self.state.begun, 0
-        try:
-            return honest(self, index)
-        finally:
-            self.state.begun = begun
-
-    patch.setattr(Draft, "pool", pool)
+    patch.setattr(PoolDraft, "acked", property(lambda self: self._draft.acked(self.pool.index)))
 
 
 @plant
@@ -95,7 +88,7 @@ def epoch_not_checked(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def lost_replies_acted_upon(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lives, "check_seen", lambda state, version: None)
+    patch.setattr(lives, "check_seen", lambda state, version, client: None)
 
 
 @plant
@@ -173,6 +166,8 @@ def published_pages_not_swapped(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def late_copy_of_an_older_request_carried_out(patch: pytest.MonkeyPatch) -> None:
+    """And nobody looks at what its sender had seen when it asked."""
+
     def decide(state: Any, command: Any, now_ms: int, client: int, number: int) -> Any:
         record = state.clients.get(client)
         if record is not None and number < record.number:
@@ -180,6 +175,29 @@ def late_copy_of_an_older_request_carried_out(patch: pytest.MonkeyPatch) -> None
         return decide_module.decide(state, command, now_ms, client, number)
 
     patch.setattr(manager_module, "decide", decide)
+    patch.setattr(lives, "check_seen", lambda state, version, client: None)
+
+
+@plant
+def given_up_and_carried_out_not_noticed(patch: pytest.MonkeyPatch) -> None:
+    honest = lives.check_seen
+
+    def check_seen(state: Any, version: int, client: int) -> None:
+        honest(state, version, 0)
+
+    patch.setattr(lives, "check_seen", check_seen)
+
+
+@plant
+def joining_that_was_given_up_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A worker that nobody has heard of: pages wait for it for ever."""
+    patch.setattr(workers_module, "_unheard", lambda state, pool, command, client: None)
+
+
+@plant
+def pages_not_held_for_workers_of_other_pools(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(State, "reusable", State.acked)
+    patch.setattr(Draft, "reusable", Draft.acked)
 
 
 # --- liveness --------------------------------------------------------------------------------------------------------------------

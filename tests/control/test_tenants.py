@@ -278,6 +278,30 @@ def test_a_handoff_under_way_survives_a_flush_of_either_pool(make_rig: MakeRig) 
         assert [each.free + each.cached for each in counts] == [6, 6]
 
 
+def test_a_handoff_that_shares_flushed_pages_publishes_them_no_more(make_rig: MakeRig) -> None:
+    """The simulator's find: once resident it published a page again that another sequence held unlisted. When it closed, the page could be
+    evicted under that one, and it might be written into by a truncation."""
+    rig = make_rig(ManagerConfig(pools=tuple(PoolConfig(name, 6, page_size=PAGE) for name in "pq")))
+    holder = rig.prefilled(text(1), "q", tenant=RED)
+    moved = rig.prefilled(text(1, 2), "p", tenant=RED)
+    handoff = rig.kv.hand_off(moved.sequence, "q")
+    rig.kv.flush(RED, "q")
+    state = rig.state
+    assert state_digest(load_snapshot(rig.config, snapshot(state))) == state_digest(state)
+    rig.ack("q", pulled=[handoff])
+    assert rig.state.sequences[moved.sequence].pool == 1
+    shared = rig.table(moved.sequence)[0]
+    assert rig.table(holder.sequence)[0] == shared
+    rig.write(moved.sequence)
+    assert not rig.state.pool("q").prefix.pages_indexed
+    rig.kv.step(truncate=[(moved.sequence, 1)])
+    assert rig.table(moved.sequence)[0] != shared  # a copy: the page is somebody else's too
+    rig.kv.close(moved.sequence)
+    rig.kv.close(holder.sequence)
+    rig.ack("q")
+    assert rig.counts("q").free == 6
+
+
 def test_flush_and_quota(rig: Rig) -> None:
     """What open sequences hold is charged until they close."""
     finished(rig, 1, 2)

@@ -58,7 +58,7 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
     demand(len(shared) + len(fresh) == len(text.pages), f"handoff {event.handoff}: {len(shared) + len(fresh)} of {len(text.pages)} pages")
     model.check_content(move.target, shared, text.stamps[: len(shared) * PAGE], f"handoff {event.handoff}")
     model.take(move.target, fresh, f"handoff {event.handoff}")
-    move.state, move.source_pages, move.target_pages = "moving", list(text.pages), shared + fresh
+    move.state, move.source_pages, move.target_pages, move.shared = "moving", list(text.pages), shared + fresh, len(shared)
     sources = model.crew(move.source)
     for rank, worker in enumerate(model.crew(move.target)):
         todo = [
@@ -85,6 +85,7 @@ def resident(model: Model, event: ev.HandoffResident, turn: Turn) -> None:
     text = model.texts[move.sequence]
     left = text.pages
     text.pool, text.pages, text.handoff = move.target, move.target_pages, 0
+    text.unlisted |= move.flushed
     model.let_go(move.source, left)
     for worker in model.crew(move.target, fenced=True):
         pull = worker.pulls.pop(event.handoff, None)  # None: as above, or it has heard of an abort that was lost, and ends itself

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmanager.machine import events as ev
-from kvmanager.machine.commands import Open
+from kvmanager.machine.commands import Open, Step
 from kvmanager.simulator.books import PAGE, Chore, Text, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.tenants import check_quota
@@ -137,22 +137,25 @@ def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: l
     if any(pool.partial_match for pool in config.pools):
         return  # nor is which of the pages that agree for a while was found
 
+    assert isinstance(turn.command, Step)
+    forgotten = dict.fromkeys(turn.command.forget.tolist())  # counted as closed by then, though their pages go last
+
     def score(pool: int) -> int:
         run = model.indexed_run(turn.visible[pool], stamps, (len(stamps) - 1) // PAGE)
-        load = sum(text.known for text in model.texts.values() if text.pool == pool)
+        load = sum(text.known for text in model.texts.values() if text.pool == pool and text.sequence not in forgotten)
         return config.placement_match_weight * len(run) * PAGE - config.placement_load_weight * load
 
     for other, pool in enumerate(config.pools):
         crew = model.crew(other, fenced=True)
         if pool.group == asked.group and len(crew) == pool.workers and not any(worker.fenced for worker in crew):
-            acked, owners = min(worker.acked for worker in crew), model.owners(other)
+            acked, owners = model.let_go_up_to(other), model.owners(other)
             indexed = {page for page, _ in model.index[other].values()}
             free = [
                 page
                 for page in range(pool.num_pages)
                 if not owners[page] and page not in indexed and model.dropped[other].get(page, 0) <= acked
             ]
-            if len(free) >= -(-len(stamps) // PAGE):
+            if len(free) >= -(-(len(stamps) + asked.reserve) // PAGE):
                 demand(score(other) <= score(event.pool), f"open {event.sequence}: pool {event.pool} has {score(event.pool)}, {other} more")
                 model.seen["placed with a choice"] += other != event.pool
 

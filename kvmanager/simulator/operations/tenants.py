@@ -45,6 +45,9 @@ def flushed(model: Model, event: ev.TenantFlushed, turn: Turn) -> None:
     for text in model.texts.values():
         if text.pool == event.pool and text.tenant == event.tenant:
             text.unlisted = True
+    for move in model.moves.values():
+        if move.state == "moving" and move.target == event.pool and move.shared and model.texts[move.sequence].tenant == event.tenant:
+            move.flushed = True
     model.seen["flushed_pages"] += bool(pages)
 
 
