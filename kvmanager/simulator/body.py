@@ -55,6 +55,7 @@ class Body:
         self._lives = 0  # of the manager's, that the replica has followed
         self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
         self._copies: dict[int, Pull] = {}
+        self.failed: dict[int, None] = {}  # handoffs whose pull went wrong here: they wait to be aborted
         self._acking = False
         self._acked_at = world.now_us
         self._ask_hello()
@@ -70,6 +71,10 @@ class Body:
             self.joined.works.clear()
             self.joined.chores.clear()
             self.joined.pulls.clear()
+
+    def has_hole(self, sequence: int) -> bool:
+        """Whether it has left out a step of the sequence: it never says then that it is written to its end."""
+        return sequence in self._holes or self.replica.has_hole(sequence)
 
     def stop(self) -> None:
         self.stopped = True
@@ -368,6 +373,7 @@ class Body:
             del self._copies[pull.handoff]
             if failed and ongoing:
                 self.replica.pull_failed(pull.handoff)
+                self.failed[pull.handoff] = None
             else:
                 self.replica.pulled(pull.handoff)
             self._look()

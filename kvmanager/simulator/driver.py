@@ -29,6 +29,7 @@ from kvmanager.manager import KVManager, new_state
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.operations.questions import check_answer
 from kvmanager.simulator.registry import ACTIONS, DRAWS, HEALERS
 from kvmanager.simulator.replies import check_refusals, check_reply
 
@@ -147,6 +148,13 @@ class Driver:
         self.received.clear()
         demand(self.manager.execute(command, client, number) == data, "a repeated request got another reply")
         demand(not self.received and state_digest(self.manager.state) == self.digest, "a repeated request changed something")
+
+    def ask(self, message: dict[str, Any]) -> None:
+        """A question: its answer is in the books, and nothing happens."""
+        self.received.clear()
+        answer = self.manager.query(message)
+        demand(not self.received and state_digest(self.manager.state) == self.digest, f"a question changed something: {message}")
+        check_answer(self.model, message, answer)
 
     # --- what may happen ---
 

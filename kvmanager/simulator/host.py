@@ -206,7 +206,9 @@ class Host:
             self._heartbeat()
             return msgpack.packb({"epoch": manager.state.epoch})
         if is_query(message) or message["t"] == "batches":
-            return msgpack.packb(manager.query(message))
+            answer = manager.query(message)
+            self.watch.asked(message, answer)
+            return msgpack.packb(answer)
         command = command_from_wire(message)
         self._doing = command, client
         version = manager.state.version

@@ -65,7 +65,7 @@ class Seat:
         self.of_the_day = of_the_day
         self.documents: list[list[int]] = of_the_day["documents"]
         self.last_grow: tuple[list[int], list[int]] = ([], [])
-        self.healing = False
+        self.resting = self.healing = False  # it closes what is not being handed off, and asks for nothing more; it closes all
         self.seen = 1
         # It draws from the model as if every reply had come. What it has given up it has not seen; the manager says so, unless a lost
         # host took that very command with it: nobody could have acted on it then.
@@ -87,7 +87,8 @@ class Seat:
 
     def _think(self) -> None:
         if self.caller.alive:
-            self.world.after(int(self.rng.random() * self.drawn("think", 2_000, 8_000)), self._act)
+            think_us = 200_000 if self.resting and not self.healing else self.drawn("think", 2_000, 8_000)
+            self.world.after(int(self.rng.random() * think_us), self._act)
 
     def _act(self) -> None:
         if not self.caller.alive:
@@ -101,6 +102,8 @@ class Seat:
                 self.send(Step(close=[*self.model.texts, *orphans]))
             elif commands := [command for healer in HEALERS for command in healer(self)]:
                 self.send(commands[0])
+        elif self.resting:
+            self.send(Step(close=[sequence for sequence, text in self.model.texts.items() if not text.handoff]))
         elif self._unsure and self._may_go_back:
             self.send(Step())
         elif orphans and self.rng.random() < 0.1:
@@ -123,6 +126,9 @@ class Seat:
             body["seen"] = self.seen
         patience_us = 0 if self.healing else self.drawn("patience", 0, 0, 100_000, 1_000_000)
         self.caller.ask(body, self._answered, patience_us)
+
+    def ask(self, message: dict[str, Any]) -> None:
+        self.caller.ask(message, lambda answer: self._think())
 
     def _answered(self, reply: dict[str, Any] | KVError) -> None:
         self._unsure = isinstance(reply, ManagerUnreachable)

@@ -21,7 +21,7 @@ from kvmanager.machine.events import WorkerJoined
 from kvmanager.machine.snapshot import state_digest
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.body import Body
-from kvmanager.simulator.books import PAGE, Broken
+from kvmanager.simulator.books import PAGE, Broken, Move
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.faults import FAULTS, Faults
 from kvmanager.simulator.host import Host
@@ -36,6 +36,7 @@ LEASE_MS = 1000
 LIFE_US = 10_000  # how often fate looks at each process
 WATCH_OVER_US = 100_000
 STALL_US = 20_000_000
+HANDOFFS_US = 20_000_000  # by then every handoff must have ended that can
 HEAL_US = 60_000_000  # by then everybody must have come to rest
 SUPERVISOR = 2
 
@@ -162,10 +163,43 @@ class System:
         for body in self.bodies.values():
             self._resume(body)
         for seat in self.seats:
+            seat.resting = True
+        self._let_handoffs_end()
+        for seat in self.seats:
             seat.healing = True
         if not self.world.run(self.at_rest, self.world.now_us + HEAL_US):
             raise Broken(f"not at rest {HEAL_US // 1_000_000} s after the last fault: {self.unrest()}")
         self.watch.check_all()
+
+    def _let_handoffs_end(self) -> None:
+        """Clients close what is in no handoff, and ask for nothing more: every handoff that nothing stands in the way of ends by itself."""
+        until = self.world.now_us + HANDOFFS_US
+        while (stuck := self.stuck_handoffs()) and self.world.now_us < until:
+            self.world.run(lambda: False, self.world.now_us + WATCH_OVER_US)
+        if stuck:
+            raise Broken(f"handoffs that did not end within {HANDOFFS_US // 1_000_000} s: {stuck}")
+
+    def stuck_handoffs(self) -> list[str]:
+        """Those that should go on, in words."""
+        if self.host.manager is None:
+            return ["the manager is down"]
+        return [f"{move.handoff} {move.state}" for move in self.model.moves.values() if not self._may_wait(move)]
+
+    def _may_wait(self, move: Move) -> bool:
+        """For a worker that has left out a step or failed to pull, or for pages: until somebody aborts or closes something."""
+
+        def bodies(pool: int) -> list[Body]:
+            return [body for (where, _), body in self.bodies.items() if where == pool]
+
+        if move.state == "prefilling":
+            return any(body.has_hole(move.sequence) for body in bodies(move.source))
+        if move.state == "moving":
+            return any(move.handoff in body.failed for body in bodies(move.target))
+        if move.state == "reserving":
+            text, owners = self.model.texts[move.sequence], self.model.owners(move.target)
+            nobodys = self.config.pools[move.target].num_pages - sum(count > 0 for count in owners.values())  # free, or to be evicted
+            return nobodys < len(text.pages) or any(pool == move.target for pool, _ in self.model.quotas)
+        return False
 
     def unrest(self) -> str:
         """What is still going on, in words; empty at rest."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgpack
 
@@ -22,11 +23,13 @@ from kvmanager.machine.state import State
 from kvmanager.manager import KVManager
 from kvmanager.simulator.books import Broken, Turn, demand
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.operations.questions import check_answer
 from kvmanager.simulator.replies import check_refusals, check_reply
 
 __all__ = ["Watch"]
 
 COMPARE_EVERY, INVARIANTS_EVERY, DIGEST_EVERY, REPLAY_EVERY = 4, 16, 8, 400
+QUESTION_DIGEST_EVERY = 50
 DIGESTS_KEPT, BASES_KEPT = 256, 16
 
 
@@ -49,7 +52,7 @@ class Watch:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.manager: KVManager | None = None
-        self.commands = 0
+        self.commands = self.questions = 0
         self.history = hashlib.sha256()
         self.starts: dict[int, dict[int, int]] = {}
         self.rolled_back = 0
@@ -183,6 +186,16 @@ class Watch:
         expected = self.model.notices.pop(turn.client, [])
         got = [tuple(notice[:3]) for notice in turn.reply.get("notices", [])]
         demand(got == expected, f"notices of client {turn.client}: {got}, expected {expected}")
+
+    def asked(self, message: dict[str, Any], answer: dict[str, Any]) -> None:
+        """A question was answered. Nothing has changed, and what is determined is as in the books."""
+        assert self.manager is not None
+        self.questions += 1
+        state = self.manager.state
+        demand(state.version == self.model.version, f"asking for {message['t']} made version {state.version}")
+        check_answer(self.model, message, answer)
+        if self.questions % QUESTION_DIGEST_EVERY == 0:
+            self.check_replay()
 
     def digest_at(self, epoch: int, version: int) -> bytes | None:
         """The manager's tables at a version, if they were noted."""

@@ -242,6 +242,10 @@ class Replica:
         self.step, self._step_ids, self._owed = 0, [], True
         self.advance()
 
+    def has_hole(self, sequence: int) -> bool:
+        """Whether a step of the sequence was left out here: it is never shared or moved."""
+        return sequence in self._broken
+
     # --- copying -------------------------------------------------------------------------------------------------------------
 
     def copies(self) -> Copies | None:

@@ -14,11 +14,14 @@ import pytest
 from kvmanager import manager as manager_module
 from kvmanager.log.journal import Journal, Segment
 from kvmanager.machine import decide as decide_module
+from kvmanager.machine import explain as explain_module
+from kvmanager.machine import handoffs as handoffs_module
 from kvmanager.machine import lives
 from kvmanager.machine import publishing as publishing_module
 from kvmanager.machine import workers as workers_module
 from kvmanager.machine.draft import Draft, PoolDraft
 from kvmanager.machine.state import State
+from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.pool import Pool
 from kvmanager.simulator.hunt import Outcome, live
 from kvmanager.worker.replica import AckContent, Replica
@@ -201,6 +204,30 @@ def pages_not_held_for_workers_of_other_pools(patch: pytest.MonkeyPatch) -> None
 
 
 # --- liveness --------------------------------------------------------------------------------------------------------------------
+
+
+@plant
+def handoff_that_lacked_pages_is_not_tried_again(patch: pytest.MonkeyPatch) -> None:
+    honest = handoffs_module._advance
+
+    def advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: HandoffState) -> None:
+        if at is not HandoffState.RESERVING:
+            honest(draft, handoff_id, sequence_id, target, at)
+
+    patch.setattr(handoffs_module, "_advance", advance)
+
+
+@plant
+def question_that_changes_the_state(patch: pytest.MonkeyPatch) -> None:
+    """Explaining a prompt counts as using what is found of it."""
+    honest = explain_module._explain
+
+    def explain(state: State, pool: Pool, prompt: Any) -> list[Any]:
+        for node in list(pool.prefix.order)[:1]:
+            node.last_used += 1
+        return honest(state, pool, prompt)
+
+    patch.setattr(explain_module, "_explain", explain)
 
 
 @plant

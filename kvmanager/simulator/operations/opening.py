@@ -57,7 +57,7 @@ def _extras(driver: Any, count: int) -> list[tuple[bytes, int, int]]:
     return [(rng.choice((b"cat", b"dog")), start, min(count, start + rng.choice((1, 4, PAGE)))) for start in starts]
 
 
-def _stamps(model: Model, asked: Open) -> list[int]:
+def stamps_of(model: Model, asked: Open) -> list[int]:
     """A stamp for each token: of all tokens up to it, and of all extra keys whose ranges have begun."""
     stamp, stamps = model.stamps.root(asked.tenant, asked.extra), []
     for place, token in enumerate(asked.tokens.tolist()):
@@ -71,7 +71,7 @@ def _stamps(model: Model, asked: Open) -> list[int]:
 @follows(ev.SequenceOpened)
 def opened(model: Model, event: ev.SequenceOpened, turn: Turn) -> None:
     asked = turn.opened[event.sequence]
-    tokens, stamps = asked.tokens.tolist(), _stamps(model, asked)
+    tokens, stamps = asked.tokens.tolist(), stamps_of(model, asked)
     cached, fresh = event.cached.tolist(), event.fresh.tolist()
     run = model.indexed_run(turn.visible[event.pool], stamps, (len(tokens) - 1) // PAGE)
     demand(cached == run, f"open {event.sequence}: cached pages {cached}, the model finds {run}")
@@ -170,7 +170,7 @@ def pending(model: Model, asked: Open, details: dict[str, Any], turn: Turn) -> N
     if text is None:
         demand(False, f"{what}: no such sequence is open")
         return
-    stamps = _stamps(model, asked)
+    stamps = stamps_of(model, asked)
     cached = len(model.indexed_run(turn.visible[number], stamps, (len(stamps) - 1) // PAGE))
     end = cached * PAGE + details["tokens"]
     demand(details["tokens"] > 0 and details["tokens"] % PAGE == 0 and end < len(stamps), f"{what}: {cached} pages are cached")
