@@ -70,7 +70,8 @@ class Body:
         if self.joined is not None:
             self.joined.works.clear()
             self.joined.chores.clear()
-            self.joined.pulls.clear()
+            for pull in [pull for pull in self.joined.pulls.values() if pull.todo]:
+                del self.joined.pulls[pull.handoff]  # those that it has ended, it may have reported
 
     def has_hole(self, sequence: int) -> bool:
         """Whether it has left out a step of the sequence: it never says then that it is written to its end."""
