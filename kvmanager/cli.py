@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -145,6 +146,8 @@ def serve(
     if manager.recovered is not None:
         click.echo(f"journal {journal}: {manager.recovered.summary()}")
     click.echo(f"requests at {server.address}, event batches at {server.publish}")
+    gc.collect()
+    gc.freeze()  # what came back from a journal may be a million index nodes: later collections need not look through them
     try:
         server.run()
     finally:

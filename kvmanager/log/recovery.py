@@ -13,7 +13,7 @@ from kvmanager.log.journal import Journal, Segment
 from kvmanager.machine.apply import apply
 from kvmanager.machine.batch import decode_batch
 from kvmanager.machine.lives import check_ack
-from kvmanager.machine.snapshot import load_snapshot
+from kvmanager.machine.snapshot import load_snapshot, no_collections
 from kvmanager.machine.state import State
 
 __all__ = ["LogTail", "Recovered", "batches_since", "recover", "replay"]
@@ -78,16 +78,17 @@ def replay(config: ManagerConfig, segment: Segment, tail: LogTail | None = None)
     """The state at the end of a segment, and how many batches led to it. Raises JournalCorrupt."""
     at = segment.start
     try:
-        state = load_snapshot(config, decode_batch(segment.snapshot))
-        if tail is not None:
-            tail.begin(state.version)
         records = 0
-        for record in segment:
-            at, data = record.offset, bytes(record.data)
-            apply(state, decode_batch(data))
+        with no_collections():
+            state = load_snapshot(config, decode_batch(segment.snapshot))
             if tail is not None:
-                tail.append(record.version, data)
-            records += 1
+                tail.begin(state.version)
+            for record in segment:
+                at, data = record.offset, bytes(record.data)
+                apply(state, decode_batch(data))
+                if tail is not None:
+                    tail.append(record.version, data)
+                records += 1
     except (BadMessage, InvariantBroken) as error:  # its checksum is right: it was written so
         raise JournalCorrupt(segment.path, at, "a batch that can be applied", f"{type(error).__name__}: {error}"[:500]) from error
     return state, records

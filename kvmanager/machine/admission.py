@@ -109,8 +109,10 @@ def _choose(draft: Draft, command: Open, namespace: bytes, looks: list[Look]) ->
 def _refusal(draft: Draft, item: Look, namespace: bytes, wanted: int) -> KVError | None:
     """Why the tenant cannot have `wanted` pages of the pool, beside those that the prompt shares; None if it can."""
     pages = draft.pool(item.pool.index)
-    pinned = _pin(pages, item)
     account = pages.account(namespace)
+    if account is None and wanted <= len(pages.free):
+        return None  # nothing has to be evicted
+    pinned = _pin(pages, item)
     refusal = pages.refusal(wanted, account) if pages.can_take(wanted, account) < wanted else None
     pages.unpin(pinned)
     return refusal
@@ -127,7 +129,9 @@ def _pin(pages: PoolDraft, item: Look) -> list[tuple[Node, int]]:
 def _take(draft: Draft, command: Open, client: int, namespace: bytes, tokens: np.ndarray, chosen: Look, sequence_id: int) -> list[Any]:
     count, pool, cached = len(command.tokens), chosen.pool, chosen.found.pages()
     pages = draft.pool(pool.index)
-    _pin(pages, chosen)
+    pages.keep(chosen.found.nodes, chosen.found.last_pages)  # neither what it shares nor what it copies is to be evicted
+    if chosen.partial is not None:
+        pages.keep([chosen.partial.node], chosen.partial.place + 1)
     length = min(chosen.cached + command.chunk, count)
     fresh = pages.take(pages_now(chosen, command), pages.account(namespace))
     copied = 0
@@ -160,8 +164,9 @@ def apply_opened(state: State, event: ev.SequenceOpened) -> None:
     if state.free_slots.pop() != slot:
         raise InvariantBroken(f"open: row {slot} is not on top of the free rows")
     state.next_generation = (event.sequence >> SLOT_BITS) + 1
-    state.tables.open(event.sequence, event.pool, event.length, np.concatenate([cached, event.fresh]))
-    tokens = TokenIds([each.tokens for each in node.path()][::-1], event.tokens.tobytes())
+    pages = np.concatenate([cached, event.fresh]) if len(cached) else event.fresh
+    state.tables.open(event.sequence, event.pool, event.length, pages)
+    tokens = TokenIds(node.runs(), event.tokens.tobytes())
     sequence = Sequence(
         event.sequence, event.owner, event.pool, event.namespace, tokens, node, published=len(cached), priority=event.priority
     )

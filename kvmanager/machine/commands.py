@@ -97,8 +97,10 @@ def check_prompt(name: str, prompt: Any) -> None:
         check_name(f"{name}.group", prompt.group)
         if prompt.pool:
             raise InvalidValue(f"{name}.group", "a pool, or else a group", "both")
-    object.__setattr__(prompt, "tenant", check_bytes(f"{name}.tenant", prompt.tenant, TENANT_BYTES_MAX))
-    object.__setattr__(prompt, "extra", check_bytes(f"{name}.extra", prompt.extra, TENANT_BYTES_MAX))
+    if prompt.tenant != b"":
+        object.__setattr__(prompt, "tenant", check_bytes(f"{name}.tenant", prompt.tenant, TENANT_BYTES_MAX))
+    if prompt.extra != b"":
+        object.__setattr__(prompt, "extra", check_bytes(f"{name}.extra", prompt.extra, TENANT_BYTES_MAX))
     if not isinstance(prompt.extras, (list, tuple)) or prompt.extras:
         object.__setattr__(prompt, "extras", _check_extras(f"{name}.extras", prompt.extras, len(tokens)))
 
@@ -293,6 +295,13 @@ class Step:
                     own[name] = value = check(value)
                     if len(value):
                         own["steady"] = False
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """The lists that were given, and how many items each has."""
+        return [(name, len(value)) for name, value in self.__dict__.items() if name not in _NO_LISTS]
+
+
+_NO_LISTS = ("grow_counts", "seen", "victims", "steady")
 
 
 def _objects(name: str, cls: type) -> Callable[[object], list[Any]]:

@@ -24,12 +24,12 @@ from kvmanager.machine.commands import Ack, Command, Flush, Join, SetQuota, Step
 from kvmanager.machine.copies import decide_copies
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.forks import fork
-from kvmanager.machine.growth import append_tokens, grow, grow_same
+from kvmanager.machine.growth import append_tokens, grow, grow_all
 from kvmanager.machine.handoffs import abort_asked, hand_off, settle_handoffs
 from kvmanager.machine.publishing import settle_pages
 from kvmanager.machine.state import State
 from kvmanager.machine.tenants import flush, set_quota
-from kvmanager.machine.truncation import decide_truncated, truncate
+from kvmanager.machine.truncation import decide_truncated, truncate, truncate_all
 from kvmanager.machine.victims import choose_victims
 from kvmanager.machine.waiting import dequeue, enqueue
 from kvmanager.machine.workers import ack, gone, join, lose_pool
@@ -100,31 +100,13 @@ def _tick(draft: Draft, command: Tick, now_ms: int, client: int) -> dict[str, An
 # --- one scheduler step ----------------------------------------------------------------------------------------------------------
 
 
-_LISTS = (
-    "opens",
-    "grow",
-    "close",
-    "tokens",
-    "hand_off",
-    "abort",
-    "dequeue",
-    "enqueue",
-    "truncate",
-    "fork",
-    "unpin",
-    "release",
-    "pin",
-    "forget",
-)
-
-
 def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, Any]:
     limit = draft.state.config.batch_max
-    if command.steady and 0 < len(command.grow) <= limit and grow_same(draft, command):
+    if command.steady and 0 < len(command.grow) <= limit and grow_all(draft, command):
         return {}  # the steady decode step: nothing below would find anything to do
-    for name in _LISTS:
-        if len(getattr(command, name)) > limit:
-            raise InvalidValue(f"step.{name}", f"at most {limit} items", len(getattr(command, name)))
+    for name, size in command.sizes():
+        if size > limit:
+            raise InvalidValue(f"step.{name}", f"at most {limit} items", size)
     reply: dict[str, Any] = {}
     refused: list[list[Any]] = []
 
@@ -141,9 +123,10 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
         attempt("forget", index, forget, sequence_id)
     for index, handoff_id in enumerate(command.abort.tolist()):
         attempt("abort", index, abort_asked, handoff_id)
-    for index, (sequence_id, length) in enumerate(command.truncate.tolist()):
-        attempt("truncate", index, truncate, sequence_id, length)
-    decide_truncated(draft)
+    if len(command.truncate) and not truncate_all(draft, command.truncate):
+        for index, (sequence_id, length) in enumerate(command.truncate.tolist()):
+            attempt("truncate", index, truncate, sequence_id, length)
+        decide_truncated(draft)
     for index, (sequence_id, tokens) in enumerate(command.tokens):
         attempt("tokens", index, append_tokens, sequence_id, tokens)
     for index, pin_id in enumerate(command.unpin.tolist()):
@@ -156,7 +139,7 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
         reply["handoffs"] = [
             attempt("hand_off", index, hand_off, sequence_id, pool) or 0 for index, (sequence_id, pool) in enumerate(command.hand_off)
         ]
-    if len(command.grow) and not grow_same(draft, command):
+    if len(command.grow) and not grow_all(draft, command):
         grow(draft, command, refused)
     if len(command.fork):
         reply["forked"] = [attempt("fork", index, fork, *item, client) or [] for index, item in enumerate(command.fork.tolist())]

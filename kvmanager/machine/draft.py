@@ -97,7 +97,8 @@ class PoolDraft:
         self._draft = draft
         self.free = PagesDraft(pool.free)
         self.trimmed: dict[Node, int] = {}  # pages that remain of a node
-        self.pinned: dict[Node, int] = {}  # leading pages of a node that this command matched: not to be evicted by it
+        self._pinned: dict[Node, int] = {}  # leading pages of a node that this command matched: not to be evicted by it
+        self._kept: list[tuple[list[Node], int]] = []  # the same, not yet written in there: mostly nobody asks
         self.evictable = pool.cached  # an upper bound that makes hopeless searches cheap
         self.candidates: dict[Account | None, Candidates] = {}  # among all that is cached (None), and among a tenant's own
         self.charged: dict[Account, int] = {}  # pages that a tenant with a quota gets
@@ -113,16 +114,30 @@ class PoolDraft:
     def match(self, namespace: bytes, tokens: bytes, pages_max: int) -> Match:
         return self.pool.prefix.match(namespace, tokens, pages_max, self.trimmed)
 
+    @property
+    def pinned(self) -> dict[Node, int]:
+        for nodes, last_pages in self._kept:
+            for node in nodes:
+                pages = node.count if node is not nodes[-1] else last_pages
+                self._pinned[node] = max(self._pinned.get(node, 0), pages)
+        self._kept.clear()
+        return self._pinned
+
+    def keep(self, nodes: list[Node], last_pages: int) -> None:
+        """Evict nothing of these nodes, of the last one so many pages, for the rest of the command."""
+        self._kept.append((nodes, last_pages))
+
     def pin(self, nodes: list[Node], last_pages: int) -> list[tuple[Node, int]]:
-        """Keep these nodes, of the last one so many pages; gives what was kept of them before, for `unpin`."""
-        before = [(node, self.pinned.get(node, 0)) for node in nodes]
-        for node, kept in before:
-            self.pinned[node] = max(kept, node.count if node is not nodes[-1] else last_pages)
+        """As `keep`, until `unpin` is given what this gives: what was kept of them before."""
+        pinned = self.pinned
+        before = [(node, pinned.get(node, 0)) for node in nodes]
+        self.keep(nodes, last_pages)
         return before
 
     def unpin(self, before: list[tuple[Node, int]]) -> None:
         """Take back a `pin`; the last one first."""
-        self.pinned.update(before)
+        pinned = self.pinned
+        pinned.update(before)
 
     def account(self, namespace: bytes) -> Account | None:
         """The account of a namespace's tenant, None if it has no quota."""
@@ -143,15 +158,16 @@ class PoolDraft:
         among = self.candidates.get(account)
         if among is None:
             among = self.candidates[account] = Candidates(self.pool.prefix.victims(self.acked, account))
+        pinned = self.pinned
         while among.ahead and self.trimmed.get(among.ahead[0], 1) == 0:
             among.ahead.popleft()
         for node in among.ahead:
-            loose = self.trimmed.get(node, node.count) - self.pinned.get(node, 0)
+            loose = self.trimmed.get(node, node.count) - pinned.get(node, 0)
             if loose > 0:
                 yield node, loose
         for node in among.further:
             among.ahead.append(node)
-            loose = self.trimmed.get(node, node.count) - self.pinned.get(node, 0)
+            loose = self.trimmed.get(node, node.count) - pinned.get(node, 0)
             if loose > 0:
                 yield node, loose
 
@@ -273,7 +289,8 @@ class Draft:
         self.dequeued: dict[int, None] = {}
         self.enqueued = 0
         self.waiting_change = 0  # tokens of waiting prompts
-        self.cut: dict[int, Cut] = {}  # sequences that are truncated
+        self._cut: dict[int, Cut] = {}  # sequences that are truncated
+        self._cuts: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # the same in columns, if all were cut at once: see cut_all
         self.cut_pages: dict[int, int] = {}  # pool -> pages that they need for copies
         self.published: dict[int, int] = {}  # sequence -> pages in the index
         self.copies: dict[int, dict[int, tuple[int, int]]] = {}  # pool -> target page -> (source page, tokens)
@@ -329,11 +346,33 @@ class Draft:
         cut = self.cut.get(sequence_id)
         return cut.length if cut is not None else self.state.tables.length(sequence_id)
 
+    def cut_all(self, ids: np.ndarray, lengths: np.ndarray, page_counts: np.ndarray) -> None:
+        """All of this step's truncations, without copies, in columns (int64 [n])."""
+        self._cuts = ids, lengths, page_counts
+
+    @property
+    def cut(self) -> dict[int, Cut]:
+        """This step's truncations, by sequence."""
+        if self._cuts is not None and not self._cut:
+            columns = [column.tolist() for column in self._cuts]
+            self._cut.update((each, Cut(length, pages, -1, -1)) for each, length, pages in zip(*columns, strict=True))
+        return self._cut
+
+    def has_cuts(self) -> bool:
+        return self._cuts is not None or bool(self._cut)
+
     def lay_cuts_over(self, sequence_ids: np.ndarray, lengths: np.ndarray, page_counts: np.ndarray) -> None:
         """Write what this step's truncations leave over what the tables say of these sequences."""
-        for at, sequence_id in enumerate(sequence_ids.tolist()):
-            if (cut := self.cut.get(sequence_id)) is not None:
-                lengths[at], page_counts[at] = cut.length, cut.page_count
+        if self._cuts is None:
+            cuts = self._cut.values()
+            columns = (self._cut, (cut.length for cut in cuts), (cut.page_count for cut in cuts))
+            ids, left, kept = (np.fromiter(column, np.int64, len(cuts)) for column in columns)
+        else:
+            ids, left, kept = self._cuts
+        order = np.argsort(ids)
+        places = order[np.minimum(ids.searchsorted(sequence_ids, sorter=order), len(ids) - 1)]
+        hit = ids[places] == sequence_ids
+        lengths[hit], page_counts[hit] = left[places[hit]], kept[places[hit]]
 
     def known(self, sequence: Sequence) -> int:
         """Leading tokens whose ids are known."""

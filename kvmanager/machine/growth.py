@@ -1,7 +1,8 @@
 """Growth: running sequences get slots for more tokens, and pages where their last one is full.
 
-A steady decode step grows the same sequences as the step before by the same counts. `grow_same` decides it with a handful of numpy calls
-for the whole batch, whatever is in it; it declines what is out of the ordinary, and `decide` then looks at each sequence.
+A steady decode step grows the same sequences as the step before by the same counts. `grow_all` decides it, and any other growth in which
+everybody gets theirs, with a handful of numpy calls for the whole batch; it declines what is out of the ordinary, and `grow` then looks at
+each sequence.
 """
 
 from __future__ import annotations
@@ -21,20 +22,26 @@ from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.sequences import SLOT_MASK, Tables
 from kvmanager.pages.steady import Steady
 
-__all__ = ["apply_grown", "apply_grown_again", "apply_grown_further", "grow_same"]
+__all__ = ["append_tokens", "apply_appended", "apply_grown", "apply_grown_again", "apply_grown_further", "grow", "grow_all"]
 
 NONE = np.zeros(0, np.int32)
 
 
-def grow_same(draft: Draft, command: Step) -> bool:
-    """Decide the growth if it repeats the last one and everybody gets theirs. False: nothing was decided."""
+def grow_all(draft: Draft, command: Step) -> bool:
+    """Decide the growth if everybody gets what is asked for, with a few numpy calls for the whole batch. False: nothing was decided."""
     state, tables = draft.state, draft.state.tables
     ids, counts = command.grow, command.grow_counts
-    if not _repeats(tables, ids, counts):
+    if draft.closed:
         return False
-    rows = tables.last_rows()
-    if rows is None or draft.closed:
-        return False
+    again = _repeats(tables, ids, counts)
+    if again:
+        rows = tables.last_rows()
+        if rows is None:
+            return False
+    else:
+        if not tables.known(ids).all():
+            return False
+        rows = ids & SLOT_MASK
     growing: dict[int, None] = {}
     if state.handoffs or command.hand_off:
         growing = dict.fromkeys(ids.tolist())
@@ -45,14 +52,18 @@ def grow_same(draft: Draft, command: Step) -> bool:
                 and handoff.state is not HandoffState.ABORTED
             ):
                 return False
-    steady = _steady(state) if not draft.cut else _look(state, rows, counts, draft)
+    steady = _steady(state) if again and not draft.has_cuts() else _look(state, rows, counts, draft)
     if steady.left <= 0:
         return False
-    at = steady.short()
+    at, pages = steady.short(), NONE
     if len(at):
-        pages = _take(draft, ids, at, None if steady.pools is None else steady.pools[at])
-        if pages is None:
+        taken = _take(draft, ids, at, None if steady.pools is None else steady.pools[at])
+        if taken is None:
             return False
+        pages = taken
+    if not again:
+        draft.events.append(ev.SequencesGrown(ids, counts, np.bincount(at, minlength=len(ids)), pages))
+    elif len(at):
         draft.events.append(ev.GrownFurther(at, pages))
     else:
         draft.events.append(ev.GrownAgain())
@@ -81,18 +92,17 @@ def _steady(state: State) -> Steady:
 
 
 def _look(state: State, rows: np.ndarray, counts: np.ndarray, draft: Draft | None) -> Steady:
-    """The room of sequences as the tables have it, with what this step's truncations leave laid over it."""
+    """The room of sequences as the tables have it, with what this step's truncations (of the draft) leave laid over it."""
     tables = state.tables
     lengths, have = tables.lengths[rows], tables.page_counts[rows]
-    if draft is not None:
+    if draft is not None and draft.has_cuts():
         draft.lay_cuts_over(tables.ids[rows], lengths, have)
     first = state.pools[0]
     pools: np.ndarray | None = None
-    sizes: Any = first.page_size
+    sizes = state.page_sizes(rows)
     longest: Any = min(first.num_pages * first.page_size, state.config.sequence_tokens_max)
     if len(state.pools) > 1:
         pools = tables.pools[rows]
-        sizes = np.array([pool.page_size for pool in state.pools], np.int64)[pools]
         longest = np.array([pool.num_pages * pool.page_size for pool in state.pools], np.int64)[pools]
         longest = np.minimum(longest, state.config.sequence_tokens_max)
     room = have * sizes - lengths
@@ -167,7 +177,7 @@ def grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
     positions = np.flatnonzero(keep)
     rows = tables.rows(ids[positions])
     lengths, have = tables.lengths[rows], tables.page_counts[rows]
-    if draft.cut:
+    if draft.has_cuts():
         draft.lay_cuts_over(ids[positions], lengths, have)
     lengths += counts[positions]
     sizes = np.array([pool.page_size for pool in state.pools], np.int64)[tables.pools[rows]]

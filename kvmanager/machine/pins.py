@@ -46,7 +46,7 @@ def pin(draft: Draft, command: Pin, client: int, now_ms: int) -> list[int]:
     added = sum(count - _pinned_pages(book, node) for node, count in more.items())
     tenant = tenant_of(namespace)
     _check_budget(draft, book, pool, tenant, added)
-    draft.pool(pool.index).pin(nodes, last_pages)
+    draft.pool(pool.index).keep(nodes, last_pages)
     book.fresh.update(more)
     book.change[pool.index, tenant] = book.change.get((pool.index, tenant), 0) + added
     ids = b"".join([node.ids for node in nodes[:-1]] + [nodes[-1].ids[: last_pages * PAGE_ID.itemsize]])

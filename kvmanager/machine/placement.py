@@ -54,7 +54,7 @@ def look(draft: Draft, pool: Pool, namespace: bytes, data: bytes, command: Open,
     pages = found.page_count()
     item = Look(pool, found, pages * pool.page_size)
     if command.wait and pages < pages_max and draft.state.config.inflight_wait_ms:
-        item.computing, expected = _in_flight(draft, item, namespace, data[: pages_max * pool.prefix.page_bytes], now_ms)
+        item.computing, expected = _in_flight(draft, item, namespace, data, pages_max, now_ms)
         item.expected = expected * pool.page_size
         if item.expected < draft.state.config.inflight_tokens_min:
             item.computing = item.expected = 0
@@ -84,14 +84,14 @@ def place_of(item: Look, namespace: bytes, data: bytes) -> tuple[int, Node | byt
     return item.pool.index, item.found.nodes[-1] if item.found.nodes else namespace, item.found.last_pages, data[at : at + step]
 
 
-def _in_flight(draft: Draft, item: Look, namespace: bytes, data: bytes, now_ms: int) -> tuple[int, int]:
-    """(sequence, pages): who computes the pages of `data` that follow the match, and how many of them it will have."""
+def _in_flight(draft: Draft, item: Look, namespace: bytes, data: bytes, pages_max: int, now_ms: int) -> tuple[int, int]:
+    """(sequence, pages): who computes the pages that follow the match, and how many of them it will have, of the first `pages_max`."""
     pool, step = item.pool, item.pool.prefix.page_bytes
     place = place_of(item, namespace, data)
     earlier = draft.flying.get(place)  # opened by this very step
     at = item.cached * TOKEN_BYTES
     if earlier is not None:
-        return earlier[0], pages_agreeing(earlier[1][at:], data[at:], step)
+        return earlier[0], pages_agreeing(earlier[1][at:], data[at : pages_max * step], step)
     node = item.found.nodes[-1] if item.found.nodes else pool.prefix.roots.get(namespace)
     if node is None or item.found.last_pages < node.count:
         return 0, 0  # who holds a place ends at the end of a node
@@ -101,7 +101,7 @@ def _in_flight(draft: Draft, item: Look, namespace: bytes, data: bytes, now_ms: 
     sequence = draft.state.sequences[sequence_id]
     if sequence.sealed or now_ms - pool.inflight.flights[sequence_id].since_ms > draft.state.config.inflight_wait_ms:
         return 0, 0
-    return sequence_id, pages_agreeing(bytes(sequence.tokens[at : len(data)]), data[at:], step)
+    return sequence_id, pages_agreeing(sequence.tokens[at : pages_max * step], data[at : pages_max * step], step)
 
 
 def in_order(draft: Draft, looks: list[Look]) -> list[Look]:

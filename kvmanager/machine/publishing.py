@@ -82,7 +82,7 @@ def _publish(draft: Draft) -> None:
                 break
             count = min(pool.prefix.equal_pages(child, tokens, at * step), len(pages) - at)
             pages[at : at + count] = np.frombuffer(child.ids, PAGE_ID)[:count]
-            draft.pool(pool.index).pin([child], count)
+            draft.pool(pool.index).keep([child], count)
             node, at, end = child, at + count, (child, count)
         if len(pages):
             draft.published[sequence_id] = first + len(pages)

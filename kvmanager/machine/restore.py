@@ -59,13 +59,12 @@ def _nodes_restored(state: State, event: ev.NodesRestored, restoring: Restoring)
     root = prefix.enter(event.namespace)
     root.refs -= 1  # its sequences and handoffs, restored later, enter themselves
     known, step, ids, tokens = restoring.nodes.setdefault(event.pool, []), prefix.page_bytes, event.pages.tobytes(), event.tokens
-    at, first = 0, len(known)
+    at, first, adopt = 0, len(known), prefix.adopt
     columns = (event.parents, event.sizes, event.refs, event.last_used, event.priorities)
     for number, size, refs, last_used, priority in zip(*(column.tolist() for column in columns), strict=True):
         parent, stop = known[number - 1] if number else root, at + size
-        node = Node(parent, tokens[at * step : stop * step], ids[at * ID_BYTES : stop * ID_BYTES])
-        node.refs, node.last_used, node.priority = refs, last_used, priority
-        prefix.adopt(parent, node)
+        node = Node(parent, tokens[at * step : stop * step], ids[at * ID_BYTES : stop * ID_BYTES], refs, last_used, priority)
+        adopt(parent, node)
         known.append(node)
         at = stop
     owners = np.empty(len(known) - first, object)
@@ -77,8 +76,9 @@ def _nodes_restored(state: State, event: ev.NodesRestored, restoring: Restoring)
 
 def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
     prefix, known = state.pools[event.pool].prefix, restoring.nodes.get(event.pool, [])
+    loosen = prefix.loosen
     for number in event.nodes.tolist():
-        prefix.loosen(known[number - 1])
+        loosen(known[number - 1])
 
 
 def _find_node(state: State, restoring: Restoring, pool: int, number: int, namespace: bytes) -> Node:

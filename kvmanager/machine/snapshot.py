@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -22,7 +23,7 @@ from kvmanager.machine.state import State
 from kvmanager.pages.pool import Pool
 from kvmanager.pages.prefix import ID_BYTES, NO_PAGES, PAGE_ID, Node
 
-__all__ = ["load_snapshot", "snapshot", "state_digest", "tables_snapshot"]
+__all__ = ["load_snapshot", "no_collections", "snapshot", "state_digest", "tables_snapshot"]
 
 NODES_BYTES = 16 << 20  # token ids in one event of a snapshot, about
 
@@ -216,14 +217,21 @@ def tables_snapshot(state: State) -> EventBatch:
 def load_snapshot(config: ManagerConfig, batch: EventBatch) -> State:
     """The state that a snapshot describes."""
     state = State(config)
-    collecting = gc.isenabled()
-    gc.disable()  # it would look through a million new nodes again and again, and find nothing
-    try:
+    with no_collections():
         apply(state, batch, Restoring())
+    return state
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Python's collector would look through a million new index nodes again and again, and find nothing."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return state
 
 
 def state_digest(state: State) -> str:

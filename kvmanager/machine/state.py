@@ -11,6 +11,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from kvmanager.config import ManagerConfig
 from kvmanager.errors import Fenced, Unknown
 from kvmanager.pages.accounts import tenant_of
@@ -156,6 +158,12 @@ class State:
         if found is None:
             raise Unknown("handoff", handoff_id)
         return found
+
+    def page_sizes(self, rows: np.ndarray) -> np.ndarray | int:
+        """Page size of the pool of each table row, int64; one int for all where there is one pool."""
+        if len(self.pools) == 1:
+            return self.pools[0].page_size
+        return np.array([pool.page_size for pool in self.pools], np.int64)[self.tables.pools[rows]]
 
     def acked(self, pool: int) -> int:
         """The version that every worker of the pool has acknowledged, fenced ones included: they may still be writing."""

@@ -19,10 +19,10 @@ from kvmanager.machine.draft import Cut, Draft
 from kvmanager.machine.owners import note_place, note_publishable
 from kvmanager.machine.state import State
 from kvmanager.pages.prefix import TOKEN_BYTES
-from kvmanager.pages.sequences import Sequence
+from kvmanager.pages.sequences import SLOT_MASK, Sequence
 from kvmanager.tables import div_ceil
 
-__all__ = ["CUTS_MAX", "apply_truncated", "believed", "decide_truncated", "truncate"]
+__all__ = ["CUTS_MAX", "apply_truncated", "believed", "decide_truncated", "truncate", "truncate_all"]
 
 CUTS_MAX = 64  # of one sequence; what a worker says about versions before the oldest counts for nothing
 
@@ -56,6 +56,38 @@ def truncate(draft: Draft, sequence_id: int, length: int) -> None:
         draft.load_change[pool.index] = draft.load_change.get(pool.index, 0) - forgotten
 
 
+def truncate_all(draft: Draft, pairs: np.ndarray) -> bool:
+    """Cut all of them at once if that takes no copies and refuses nobody, as after rejected drafts. False: nothing was decided.
+
+    pairs  int64 [n, 2]: sequence ids, each once, and new lengths
+    """
+    state, tables = draft.state, draft.state.tables
+    if draft.closed or draft.published:
+        return False
+    ids, lengths = pairs[:, 0].copy(), pairs[:, 1].copy()
+    if not tables.known(ids).all():
+        return False
+    rows = ids & SLOT_MASK
+    if (lengths > tables.lengths[rows]).any():
+        return False
+    sizes = state.page_sizes(rows)
+    full, sequences = lengths // sizes, state.sequences
+    forgotten: dict[int, int] = {}
+    for sequence_id, pages, length in zip(ids.tolist(), full.tolist(), lengths.tolist(), strict=True):
+        sequence = sequences[sequence_id]
+        if sequence.published > pages or sequence.shared > pages or sequence.reserved or sequence.handoff or sequence.holds:
+            return False
+        extra = len(sequence.tokens) // TOKEN_BYTES - length
+        if extra > 0:
+            forgotten[sequence.pool] = forgotten.get(sequence.pool, 0) + extra
+    for pool, count in forgotten.items():
+        draft.load_change[pool] = draft.load_change.get(pool, 0) - count
+    keeps, none = -(-lengths // sizes), np.full(len(ids), -1, np.int32)
+    draft.cut_all(ids, lengths, keeps)
+    draft.events.append(ev.SequencesTruncated(ids, lengths, keeps, none, none))
+    return True
+
+
 def decide_truncated(draft: Draft) -> None:
     """Log all cuts of the step as one event, and before it the evictions for their fresh pages."""
     cuts = draft.cut
@@ -75,16 +107,13 @@ def decide_truncated(draft: Draft) -> None:
 def apply_truncated(state: State, event: ev.SequencesTruncated) -> None:
     tables = state.tables
     rows = tables.rows(event.ids)
-    before = tables.page_counts[rows].tolist()
-    acked: dict[int, int] = {}
-    columns = (event.ids, rows, event.lengths, event.page_counts, event.targets)
-    for (sequence_id, row, length, keep, target), had in zip(
-        zip(*(column.tolist() for column in columns), strict=True), before, strict=True
-    ):
+    acked = [state.acked(pool.index) for pool in state.pools]
+    full_pages = event.lengths // state.page_sizes(rows)
+    starts = np.where(event.targets >= 0, full_pages, event.page_counts)  # the first page that it owns no more
+    columns = (event.ids, rows, event.lengths, full_pages, starts, tables.page_counts[rows], event.targets)
+    for sequence_id, row, length, full, start, had, target in zip(*(column.tolist() for column in columns), strict=True):
         sequence = state.sequences[sequence_id]
         pool = state.pools[sequence.pool]
-        full = length // pool.page_size
-        start = full if target >= 0 else keep
         if start < had:
             gone = tables.pages[row, start:had]
             indexed = max(sequence.published - start, 0)
@@ -101,8 +130,6 @@ def apply_truncated(state: State, event: ev.SequencesTruncated) -> None:
             state.extras.count(sequence.tokens[length * TOKEN_BYTES :], -1)
             del sequence.tokens[length * TOKEN_BYTES :]
             pool.load -= extra
-        if sequence.pool not in acked:
-            acked[sequence.pool] = state.acked(sequence.pool)
         _remember(state, sequence, full * pool.page_size if target >= 0 else length, acked[sequence.pool])
         if sequence_id in pool.publishable:
             note_publishable(state, sequence)

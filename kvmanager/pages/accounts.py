@@ -8,7 +8,7 @@ Only tenants with a quota have an account, given to each by name or to everybody
 
 from __future__ import annotations
 
-from kvmanager.pages.eviction import EvictionOrder
+from kvmanager.pages.eviction import ListedOrder
 
 __all__ = ["Account", "Accounts", "tenant_of"]
 
@@ -29,7 +29,7 @@ class Account:
         self.own = own
         self.pages = 0
         self.roots = 0
-        self.order = EvictionOrder()
+        self.order = ListedOrder()
 
 
 class Accounts:

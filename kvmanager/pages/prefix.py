@@ -19,7 +19,7 @@ import numpy as np
 
 from kvmanager.errors import InvariantBroken
 from kvmanager.pages.accounts import Account, Accounts, tenant_of
-from kvmanager.pages.eviction import PRIORITY_MIN, EvictionOrder
+from kvmanager.pages.eviction import PRIORITY_MIN, LinkedOrder, Ring
 from kvmanager.pages.extras import Extras
 from kvmanager.pages.neighbours import Neighbours
 from kvmanager.pages.queue_hint import Waiters, WaitingQueue
@@ -41,16 +41,35 @@ class Node:
     its `tokens` are its namespace.
     """
 
-    __slots__ = ("account", "children", "ids", "last_used", "marks", "parent", "pins", "priority", "refs", "sought", "tokens", "waiters")
+    __slots__ = (
+        "account",
+        "after",
+        "before",
+        "children",
+        "ids",
+        "last_used",
+        "marks",
+        "parent",
+        "pins",
+        "priority",
+        "refs",
+        "sought",
+        "tokens",
+        "waiters",
+    )
 
-    def __init__(self, parent: Node | None, tokens: bytes, ids: bytes) -> None:
+    def __init__(
+        self, parent: Node | None, tokens: bytes, ids: bytes, refs: int = 0, last_used: int = 0, priority: int = PRIORITY_MIN
+    ) -> None:
         self.parent = parent
         self.tokens = tokens
         self.ids = ids
         self.children: Mapping[bytes, Node] = NO_CHILDREN  # most nodes are leaves, and a dict each would be as large as all the rest
-        self.refs = 0
-        self.last_used = 0
-        self.priority = PRIORITY_MIN  # whoever holds it raises it
+        self.refs = refs
+        self.last_used = last_used
+        self.priority = priority  # whoever holds it raises it
+        self.before: Node | Ring | None = None  # its neighbours in the order of eviction, if it stands in it
+        self.after: Node | Ring | None = None
         self.pins = 0  # pins among its holders
         self.account: Account | None = parent.account if parent is not None else None  # its tenant's, if that has a quota
         self.marks: dict[int, int] | None = None  # see remnants
@@ -78,6 +97,15 @@ class Node:
         """Page ids of the run, for those who are in no hurry."""
         return np.frombuffer(self.ids, PAGE_ID).tolist()
 
+    def runs(self) -> list[bytes]:
+        """Token ids of the pages from the root to the end of this node, a run each."""
+        found, node, parent = [], self, self.parent
+        while parent is not None:
+            found.append(node.tokens)
+            node, parent = parent, parent.parent
+        found.reverse()
+        return found
+
     def path(self) -> Iterator[Node]:
         """This node and its ancestors, deepest first, without the root."""
         node = self
@@ -87,24 +115,25 @@ class Node:
 
 
 class Match:
-    """What the index knows of a prompt: nodes from the root on, and how many pages of the last one agree."""
+    """What the index knows of a prompt: nodes from the root on, how many pages of the last one agree, and how many agree in all."""
 
-    __slots__ = ("last_pages", "nodes")
+    __slots__ = ("_count", "_pages", "last_pages", "nodes")
 
-    def __init__(self, nodes: list[Node], last_pages: int) -> None:
+    def __init__(self, nodes: list[Node], last_pages: int, count: int) -> None:
         self.nodes = nodes
         self.last_pages = last_pages
+        self._count = count
+        self._pages: np.ndarray | None = None
 
     def page_count(self) -> int:
-        return sum([len(node.ids) for node in self.nodes[:-1]]) // ID_BYTES + self.last_pages
+        return self._count
 
     def pages(self) -> np.ndarray:
         """Ids of the pages that agree, int32, read-only."""
-        if not self.nodes:
-            return NO_PAGES
-        ids = [node.ids for node in self.nodes]
-        ids[-1] = ids[-1][: self.last_pages * ID_BYTES]
-        return np.frombuffer(b"".join(ids), PAGE_ID)
+        if self._pages is None:
+            ids = b"".join([node.ids for node in self.nodes])  # of the last node perhaps too many
+            self._pages = np.frombuffer(ids, PAGE_ID, self._count)
+        return self._pages
 
 
 class PrefixIndex:
@@ -117,7 +146,7 @@ class PrefixIndex:
         self.node_of = np.empty(num_pages, object)  # by page, None where it is not indexed; untouched memory costs nothing
         self.pages_indexed = 0
         self.extras = extras or Extras()  # the manager's: of which pages count as users
-        self.order = EvictionOrder()
+        self.order = LinkedOrder()
         self.neighbours: Neighbours | None = None  # kept by pools that match below a page
         self.queue = WaitingQueue(self)
         self.accounts = Accounts()
@@ -140,7 +169,8 @@ class PrefixIndex:
 
         trimmed: pages that a command being decided leaves of a node it evicts from.
         """
-        step, at, nodes, last = self.page_bytes, 0, [], 0
+        step, at, last = self.page_bytes, 0, 0
+        nodes: list[Node] = []
         node = self.roots.get(namespace)
         limit = min(pages_max * step, len(tokens) - len(tokens) % step)
         startswith = tokens.startswith
@@ -152,7 +182,7 @@ class PrefixIndex:
             end = at + len(run)
             if end <= limit and not trimmed and startswith(run, at):  # the whole run in one comparison
                 nodes.append(node)
-                at, last = end, len(run) // step
+                at, last = end, 0
                 continue
             count = node.count
             usable = trimmed.get(node, count) if trimmed else count
@@ -163,7 +193,7 @@ class PrefixIndex:
             at, last = at + found * step, found
             if found < count:
                 break
-        return Match(nodes, last)
+        return Match(nodes, last or (nodes[-1].count if nodes else 0), at // step)
 
     def equal_pages(self, node: Node, tokens: bytes, at: int) -> int:
         """How many leading pages of the node's run equal tokens[at:], by bytes."""
@@ -220,12 +250,12 @@ class PrefixIndex:
             return root
         wanted = pages.astype(PAGE_ID, copy=False).tobytes()
         end: Node | None = self.node_of[pages[-1]]
-        above: list[bytes] = []
+        above: list[Node] = []
         node = end.parent if end is not None else None
         while node is not None and node.parent is not None:
-            above.append(node.ids)
+            above.append(node)
             node = node.parent
-        found = b"".join(reversed(above))
+        found = b"".join([each.ids for each in reversed(above)])
         rest = len(wanted) - len(found)
         if end is None or node is not root or rest <= 0 or found + end.ids[:rest] != wanted:
             raise InvariantBroken(f"prefix index: expected pages {pages[:8]}... from the root of their namespace on")
@@ -235,15 +265,14 @@ class PrefixIndex:
 
     def hold(self, node: Node, version: int, priority: int) -> None:
         """One more holder of this node and everything above it, which get its priority if it is higher than theirs."""
-        for each in node.path():
-            self._hold_one(each, version, priority)
-
-    def _hold_one(self, node: Node, version: int, priority: int) -> None:
-        if node.refs == 0:
-            self.withhold(node)
-        node.refs += 1
-        node.last_used = version
-        node.priority = max(node.priority, priority)
+        parent = node.parent
+        while parent is not None:  # the root has none, and is not held
+            if node.refs == 0:
+                self.withhold(node)
+            node.refs += 1
+            node.last_used = version
+            node.priority = max(node.priority, priority)
+            node, parent = parent, parent.parent
 
     def withhold(self, node: Node) -> None:
         """It is held or spared from now on: not in the order of eviction."""
@@ -260,8 +289,10 @@ class PrefixIndex:
 
     def release(self, node: Node, version: int) -> None:
         """One holder less. Nodes that nobody holds any more stay cached."""
-        for each in node.path():
-            self._drop(each, version)
+        parent = node.parent
+        while parent is not None:
+            self._drop(node, version)
+            node, parent = parent, parent.parent
 
     def shorten(self, node: Node, page_count: int, version: int) -> Node:
         """A holder that ends at `node` lets go of the last `page_count` pages of its path; gives the node where it ends now."""
@@ -329,7 +360,11 @@ class PrefixIndex:
             child = self.split(child, count)
             if child.ids != ids[at * ID_BYTES : (at + count) * ID_BYTES]:
                 raise InvariantBroken(f"prefix index: expected pages {child.pages[:8]}..., event says {pages[at : at + count][:8]}...")
-            self._hold_one(child, version, priority)
+            if child.refs == 0:
+                self.withhold(child)
+            child.refs += 1
+            child.last_used = version
+            child.priority = max(child.priority, priority)
             node, at = child, at + count
         if at == len(pages):
             return node

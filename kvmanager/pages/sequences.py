@@ -189,22 +189,23 @@ class Tables:
         if self.ids[slot]:
             raise InvariantBroken(f"sequence {sequence_id}: row {slot} already holds {int(self.ids[slot])}")
         self.ids[slot] = sequence_id
-        self._put(sequence_id, pool, length, pages)
+        self._put(slot, pool, length, pages)
 
     def place(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
         """Give an open sequence another table: a handoff makes it resident elsewhere."""
         self.steady = None
-        self._put(sequence_id, pool, length, pages)
-
-    def _put(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
         row = self.row(sequence_id)
+        self.pages[row, : self.page_counts[row]] = -1
+        self._put(row, pool, length, pages)
+
+    def _put(self, row: int, pool: int, length: int, pages: np.ndarray) -> None:
+        """Fill a row, of which no page is left."""
         self.placements += 1
         self._reserve(row + 1, max(1, len(pages)))
         self.pools[row] = pool
         self.lengths[row] = length
         self.page_counts[row] = len(pages)
         self.pages[row, : len(pages)] = pages
-        self.pages[row, len(pages) :] = -1
 
     def grow(self, sequence_ids: np.ndarray, counts: np.ndarray, page_counts: np.ndarray, pages: np.ndarray) -> None:
         """Lengths += counts; `page_counts[i]` of `pages` are appended to sequence i's table."""

@@ -18,7 +18,7 @@ class TokenIds:
 
     def __init__(self, head: Sequence[bytes], tail: bytes) -> None:
         self._head = tuple(head)
-        self._head_size = sum(map(len, self._head))
+        self._head_size = sum(map(len, self._head)) if head else 0
         self._tail = bytearray(tail)
 
     def __len__(self) -> int:
@@ -28,7 +28,7 @@ class TokenIds:
         return b"".join((*self._head, self._tail))
 
     def __getitem__(self, part: slice) -> bytes:
-        start, stop, step = part.indices(len(self))
+        start, stop, step = part.indices(self._head_size + len(self._tail))
         if start >= self._head_size and step == 1:  # the usual case: what is not in the index yet
             return bytes(self._tail[start - self._head_size : max(stop - self._head_size, 0)])
         return bytes(self)[part]

@@ -274,7 +274,7 @@ def ack_from_before_the_truncation_counts(patch: pytest.MonkeyPatch) -> None:
 @plant
 def truncated_page_of_the_index_written_in_place(patch: pytest.MonkeyPatch) -> None:
     def decided(draft: Draft) -> None:
-        draft.cut = {each: cut._replace(source=-1) for each, cut in draft.cut.items()}
+        draft.cut.update({each: cut._replace(source=-1) for each, cut in draft.cut.items()})
         draft.cut_pages = {}
         truncation.decide_truncated(draft)
 

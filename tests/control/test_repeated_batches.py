@@ -206,11 +206,12 @@ def test_lengths_tables_and_replica_agree_with_counting(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_repeated_batch_gets_what_it_gets_when_each_is_looked_at(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The room that is carried on from step to step, and the room that the tables show: the same pages, refusals and log."""
+    """The whole batch in a few calls, its room carried on from step to step, or each sequence alone: the same pages and refusals."""
 
     def day(carried: bool) -> list[object]:
         if not carried:
-            monkeypatch.setattr("kvmanager.machine.decide.grow_same", lambda draft, command: False)
+            monkeypatch.setattr("kvmanager.machine.decide.grow_all", lambda draft, command: False)
+            monkeypatch.setattr("kvmanager.machine.decide.truncate_all", lambda draft, pairs: False)
         rng = random.Random(seed)
         config = ManagerConfig(pools=(PoolConfig("A", 60, page_size=8), PoolConfig("B", 90, page_size=4)), sequence_tokens_max=200)
         kv = KVManager(config, checked=True)
@@ -234,7 +235,7 @@ def test_a_repeated_batch_gets_what_it_gets_when_each_is_looked_at(seed: int, mo
                 found = kv.step(opens=opens, close=ids)
                 ids = [each.sequence for each in found.opened if each is not None]
                 counts = [rng.choice((1, 3, 20)) for _ in ids] if rng.random() < 0.4 else [1] * len(ids)
-            cuts = [(each, max(1, kv.state.tables.length(each) - 2)) for each in ids if rng.random() < 0.1] if step % 7 == 0 else []
+            cuts = [(each, max(1, kv.state.tables.length(each) - 2)) for each in ids if rng.random() < 0.7] if step % 5 == 0 else []
             reply = kv.step(grow=np.array(ids, np.int64), grow_counts=counts, truncate=cuts)
             for each in workers:
                 kv.ack(each, reply.version)
