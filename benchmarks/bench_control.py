@@ -1,10 +1,10 @@
 """The control plane's cost on one core: what a scheduler step, an open, a close and an eviction take, in microseconds.
 
 Each row checks the answer before it is timed, and gives the median of many repeats. Everything is measured in one run on one machine; raw
-ZMQ is an echo of messages of the same sizes between the same two kinds of process. Rows named after a peer are figures that were read
-(on this kind of machine, another day), not measured here.
+ZMQ is an echo of messages of the same sizes between the same two kinds of process. Peers are measured in the same run where they are at
+hand (see peers_control), and otherwise are figures that were read, on this kind of machine, another day.
 
-    python benchmarks/bench_control.py [--quick] [--json] [--rows PART]
+    python benchmarks/bench_control.py [--quick] [--json] [--rows PART] [--plot FILE.png]
 """
 
 from __future__ import annotations
@@ -42,9 +42,14 @@ from kvmanager.service.client import KVClient
 from kvmanager.service.server import Server
 from kvmanager.worker.replica import Replica
 
+if __package__:
+    from benchmarks.peers_control import measure_peers
+else:
+    from peers_control import measure_peers
+
 PAGE = 64
 BATCH = 256
-# Read, not measured here: vLLM 0.33 (its KVCacheManager's code) and SGLang 0.5.23 on this kind of CPU machine, one core, 2026-11-24.
+# Read, not measured in this run: vLLM 0.33 (its KVCacheManager's code) and SGLang 0.5.23 on this kind of CPU machine, one core, 2026-11-24.
 PEERS = {
     "decode_4": "vLLM 905, SGLang's allocator alone 27",
     "decode_256": "vLLM 1,044",
@@ -162,13 +167,42 @@ def bench_decode(quick: bool) -> dict[str, list[float]]:
     rows["decode_256"] = decode_step(rig, ids, 64 * (10 if quick else 150), BATCH)
     check_invariants(rig.kv.state)
     rows["decode_0"] = decode_step(rig, ids, 256 if quick else 1024, 0)
+    rows["decode_changed"] = changed_steps(rig, ids, 60 if quick else 250)
+    rows["decode_speculative"] = speculative_steps(rig, ids, 60 if quick else 250)
+    check_invariants(rig.kv.state)
     return rows
 
 
-def bench_hit(quick: bool, edges: int) -> tuple[list[float], list[float], list[float]]:
-    """A prompt of 32,768 tokens, all cached, in `edges` runs of pages: (a command that opens it, one open more in such a command, lookup).
+def changed_steps(rig: Rig, ids: np.ndarray, steps: int) -> list[float]:
+    """Steps of a batch in which another sequence has taken one's place each time."""
+    batch, samples = ids.copy(), []
+    others = rig.decoding(steps, staggered=True)
+    for step, other in enumerate(others.tolist()):
+        batch[step % len(batch)] = other
+        samples.append(timed(lambda: rig.step(grow=batch)))
+    expect(rig.kv.state.tables.length(int(others[-1])) == PAGE * 2 + (steps - 1) % PAGE + 1, "the newcomer's length")
+    return samples
 
-    The lookup takes the token ids as an int32 array and gives the page ids as one; the command does all that an open needs.
+
+def speculative_steps(rig: Rig, ids: np.ndarray, steps: int) -> list[float]:
+    """Steps that give back two of four slots and reserve four more, all sequences at once."""
+    tables, counts, samples = rig.kv.state.tables, np.full(len(ids), 4, np.int64), []
+    rig.step(grow=ids, grow_counts=counts)
+    rows = tables.rows(ids)
+    for _ in range(steps):
+        before = tables.lengths[rows]
+        cuts = np.stack([ids, before - 2], axis=1)
+        samples.append(timed(lambda cuts=cuts: rig.step(grow=ids, grow_counts=counts, truncate=cuts)))
+        expect((tables.lengths[rows] == before + 2).all(), "lengths after a speculative step")
+        rig.ack()
+    return samples
+
+
+def bench_hit(quick: bool, edges: int) -> dict[str, list[float]]:
+    """A prompt of 32,768 tokens, all cached, in `edges` runs of pages: a command that opens it, one open more in such a command, lookups.
+
+    A lookup takes the token ids as an int32 array and gives the page ids as one: in a loop, as peers are measured, and between commands that
+    have moved on to other memory. The command does all that an open needs.
     """
     rig = Rig(100_000)
     prompt = rig.tokens(32_768)
@@ -177,7 +211,7 @@ def bench_hit(quick: bool, edges: int) -> tuple[list[float], list[float], list[f
     rig.cache(prompt)
     found = rig.kv.state.pools[0].prefix.match(b"\0\0\0\0", prompt.tobytes(), 512)
     expect(len(found.nodes) == edges, f"{edges} edges, found {len(found.nodes)}")
-    whole, more, lookup = [], [], []
+    whole, more, cold = [], [], []
     replies: list[bytes] = []
     prefix = rig.kv.state.pools[0].prefix
     again = Open(prompt, "A", chunk=64)
@@ -195,9 +229,17 @@ def bench_hit(quick: bool, edges: int) -> tuple[list[float], list[float], list[f
         expect(len(ids) == 10, "ten prompts opened")
         rig.step(close=ids)
         rig.ack()
-        lookup.append(timed(lambda: prefix.match(b"\0\0\0\0", bytes_of(as_tokens("tokens", prompt)), 511).pages()))
+        cold.append(timed(lambda: look_up(prefix, prompt)))
     check_invariants(rig.kv.state)
-    return whole, more, lookup
+    warm = [timed(lambda: look_up(prefix, prompt)) for _ in range(100 if quick else 1000)]
+    return {"": whole, "_more": more, "_lookup": warm, "_lookup_cold": cold}
+
+
+def look_up(prefix: Any, prompt: np.ndarray) -> np.ndarray:
+    """The pages of a prompt, from an int32 array of token ids to one of page ids; the copy and the check of the tokens included."""
+    pages = prefix.match(b"\0\0\0\0", bytes_of(as_tokens("tokens", prompt)), 511).pages()
+    expect(len(pages) == 511, "511 pages are found")
+    return pages
 
 
 def bench_miss(rig: Rig, count: int, repeats: int) -> tuple[list[float], list[float], list[float]]:
@@ -462,12 +504,16 @@ REACH = [  # name, text, reach in us
     ("decode_4", "decode step, 256 sequences, 4 crossing a page", 25.0),
     ("decode_256", "decode step, all 256 crossing", 60.0),
     ("decode_0", "decode step, nobody crossing", None),
+    ("decode_changed", "decode step, one of the 256 is another", None),
+    ("decode_speculative", "speculative step: 256 cut by 2 tokens and grown by 4", None),
     ("hit_1_lookup", "32,768 tokens, all cached, one edge: tokens to pages", 10.0),
-    ("hit_1_more", "  one more open of it in a step", 10.0),
-    ("hit_1", "  opened by a command of its own", 10.0),
+    ("hit_1_lookup_cold", "  between other commands", None),
+    ("hit_1_more", "  one more open of it in a step", None),
+    ("hit_1", "  opened by a command of its own", None),
     ("hit_64_lookup", "32,768 tokens, all cached, 64 edges: tokens to pages", 25.0),
-    ("hit_64_more", "  one more open of it in a step", 25.0),
-    ("hit_64", "  opened by a command of its own", 25.0),
+    ("hit_64_lookup_cold", "  between other commands", None),
+    ("hit_64_more", "  one more open of it in a step", None),
+    ("hit_64", "  opened by a command of its own", None),
     ("miss", "open 8,192 new tokens, 128 pages", 30.0),
     ("free_512_more", "close 512 pages that stay cached, one more in a step", 10.0),
     ("free_512", "  by a command of its own", 10.0),
@@ -498,8 +544,7 @@ def measure(quick: bool, wanted: str) -> dict[str, Any]:
     def hits() -> dict[str, list[float]]:
         found = {}
         for edges in (1, 64):
-            whole, more, lookup = bench_hit(quick, edges)
-            found |= {f"hit_{edges}": whole, f"hit_{edges}_more": more, f"hit_{edges}_lookup": lookup}
+            found |= {f"hit_{edges}{name}": samples for name, samples in bench_hit(quick, edges).items()}
         return found
 
     def frees() -> dict[str, list[float]]:
@@ -518,7 +563,7 @@ def measure(quick: bool, wanted: str) -> dict[str, Any]:
     run("replica", lambda: bench_replica(quick))
     run("replay", lambda: bench_replay(quick))
     run("round_trip", lambda: bench_round_trip(quick))
-    report: dict[str, Any] = {"rows": rows}
+    report: dict[str, Any] = {"rows": rows, "peers": measure_peers(quick) if wanted in "peers" else {}}
     if wanted in "scaling":
         print("... scaling", file=sys.stderr)
         report["scaling"] = bench_scaling([10_000, 100_000] if quick else [10_000, 100_000, 1_000_000], quick)
@@ -534,16 +579,20 @@ def print_report(report: dict[str, Any]) -> None:
     print(
         f"python {platform.python_version()}  numpy {np.__version__}  pyzmq {zmq.__version__}  msgpack {'.'.join(map(str, msgpack.version))}"
     )
-    print(f"\n{'work':<58}{'reach us':>9}{'median us':>11}{'p90 us':>9}  peers (read, not of this run), us")
+    print(f"\n{'work':<58}{'reach us':>9}{'median us':>11}{'p90 us':>9}  peers, us (read, where not of this run)")
     for name, text, reach in REACH:
         samples = rows.get(name)
         if samples:
             ninth = sorted(samples)[int(len(samples) * 0.9)]
-            peer = PEERS.get(name, "")
+            own_run = ", ".join(f"{each} {median:,.0f}" for each, median in report["peers"].get(name, {}).items())
+            peer = f"{own_run} (this run)" if own_run else PEERS.get(name, "")
             print(f"{text:<58}{'' if reach is None else f'{reach:.0f}':>9}{statistics.median(samples):>11.1f}{ninth:>9.1f}  {peer}")
     if "round_trip" in rows:
         ratio = statistics.median(rows["round_trip"]) / statistics.median(rows["raw_zmq"])
         print(f"{'round trip / raw ZMQ of this run (ratio)':<58}{'1.5 x':>9}{ratio:>9.2f} x")
+    for name, peers in report["peers"].items():
+        if name not in {row for row, *_ in REACH}:
+            print(f"peers, {name}: " + ", ".join(f"{peer} {median:.1f} us" for peer, median in peers.items()))
     if rows.get("decode_4_bytes"):
         print(f"bytes of the log for the decode step with 4 crossings: {rows['decode_4_bytes'][0]:.0f}")
     for name, table in (("median us by pool size, half of it cached prompts of one page of 16 tokens", report.get("scaling")),):
@@ -560,12 +609,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats, small pools: half a minute")
     parser.add_argument("--json", action="store_true", help="medians as JSON")
     parser.add_argument("--rows", default="", help="only the parts whose name contains this (decode, hit, miss, free, evict, replica, ...)")
+    parser.add_argument("--plot", help="a picture of the table and of what grows with the pool (needs matplotlib)")
     parser.add_argument("--memory", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         memory_main(*options.memory)
         return
     report = measure(options.quick, options.rows)
+    if options.plot:
+        from plot_control import plot
+
+        plot(report, REACH, options.plot)
     if options.json:
         report["rows"] = {name: statistics.median(samples) for name, samples in report["rows"].items()}
         print(json.dumps(report, indent=1))

@@ -61,12 +61,20 @@ def _nodes_restored(state: State, event: ev.NodesRestored, restoring: Restoring)
     known, step, ids, tokens = restoring.nodes.setdefault(event.pool, []), prefix.page_bytes, event.pages.tobytes(), event.tokens
     at, first, adopt = 0, len(known), prefix.adopt
     columns = (event.parents, event.sizes, event.refs, event.last_used, event.priorities)
-    for number, size, refs, last_used, priority in zip(*(column.tolist() for column in columns), strict=True):
-        parent, stop = known[number - 1] if number else root, at + size
-        node = Node(parent, tokens[at * step : stop * step], ids[at * ID_BYTES : stop * ID_BYTES], refs, last_used, priority)
-        adopt(parent, node)
-        known.append(node)
-        at = stop
+    if len(event.pages) == len(event.sizes) and not event.parents.any():  # prompts of one page: the most nodes that a pool can have
+        runs = [tokens[place : place + step] for place in range(0, len(tokens), step)]
+        places = [ids[place : place + ID_BYTES] for place in range(0, len(ids), ID_BYTES)]
+        rest = [column.tolist() for column in columns[2:]]
+        nodes = [Node(root, *each) for each in zip(runs, places, *rest, strict=True)]
+        prefix.adopt_all(root, nodes)
+        known += nodes
+    else:
+        for number, size, refs, last_used, priority in zip(*(column.tolist() for column in columns), strict=True):
+            parent, stop = known[number - 1] if number else root, at + size
+            node = Node(parent, tokens[at * step : stop * step], ids[at * ID_BYTES : stop * ID_BYTES], refs, last_used, priority)
+            adopt(parent, node)
+            known.append(node)
+            at = stop
     owners = np.empty(len(known) - first, object)
     owners[:] = known[first:]
     prefix.node_of[event.pages] = np.repeat(owners, event.sizes)
@@ -75,10 +83,8 @@ def _nodes_restored(state: State, event: ev.NodesRestored, restoring: Restoring)
 
 
 def _lru_restored(state: State, event: ev.LruRestored, restoring: Restoring) -> None:
-    prefix, known = state.pools[event.pool].prefix, restoring.nodes.get(event.pool, [])
-    loosen = prefix.loosen
-    for number in event.nodes.tolist():
-        loosen(known[number - 1])
+    known = restoring.nodes.get(event.pool, [])
+    state.pools[event.pool].prefix.loosen_all([known[number - 1] for number in event.nodes.tolist()])
 
 
 def _find_node(state: State, restoring: Restoring, pool: int, number: int, namespace: bytes) -> Node:

@@ -83,6 +83,17 @@ class LinkedOrder(EvictionOrder):
         node.after = ring
         last.after = ring.before = node
 
+    def extend(self, nodes: Iterable[Node]) -> None:
+        """Used just now, one after the other; none of them is here yet."""
+        rings = self.classes
+        ends = [ring.before for ring in rings]
+        for node in nodes:
+            place = node.priority - PRIORITY_MIN
+            last = node.before = ends[place]
+            last.after = ends[place] = node
+        for ring, end in zip(rings, ends, strict=True):
+            end.after, ring.before = ring, end
+
     def discard(self, node: Node) -> None:
         before, after = node.before, node.after
         if before is not None and after is not None:

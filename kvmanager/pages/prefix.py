@@ -174,16 +174,20 @@ class PrefixIndex:
         node = self.roots.get(namespace)
         limit = min(pages_max * step, len(tokens) - len(tokens) % step)
         startswith = tokens.startswith
+        while node is not None and at < limit and not trimmed:  # whole runs, one comparison each
+            child = node.children.get(tokens[at : at + step])
+            if child is None:
+                break
+            run = child.tokens
+            end = at + len(run)
+            if end > limit or not startswith(run, at):
+                break
+            nodes.append(child)
+            node, at = child, end
         while node is not None and at < limit:
             node = node.children.get(tokens[at : at + step])
             if node is None:
                 break
-            run = node.tokens
-            end = at + len(run)
-            if end <= limit and not trimmed and startswith(run, at):  # the whole run in one comparison
-                nodes.append(node)
-                at, last = end, 0
-                continue
             count = node.count
             usable = trimmed.get(node, count) if trimmed else count
             found = min(usable, (limit - at) // step, self.equal_pages(node, tokens, at))
@@ -286,6 +290,14 @@ class PrefixIndex:
             self.order.add(node)
             if node.account is not None:
                 node.account.order.add(node)
+
+    def loosen_all(self, nodes: list[Node]) -> None:
+        """Nobody holds these, nor is one of them spared; first to go first."""
+        self.order.extend(nodes)
+        if self.accounts.of:
+            for node in nodes:
+                if node.account is not None:
+                    node.account.order.add(node)
 
     def release(self, node: Node, version: int) -> None:
         """One holder less. Nodes that nobody holds any more stay cached."""
@@ -390,6 +402,15 @@ class PrefixIndex:
         parent.adopt(child, self.page_bytes)
         if self.neighbours is not None:
             self.neighbours.add(parent, child.tokens[: self.page_bytes])
+
+    def adopt_all(self, parent: Node, children: list[Node]) -> None:
+        """Leaves of one page each are new below `parent`."""
+        if parent.children is NO_CHILDREN:
+            parent.children = {}
+        parent.children.update(zip([child.tokens for child in children], children, strict=True))  # type: ignore[attr-defined]
+        if self.neighbours is not None:
+            for child in children:
+                self.neighbours.add(parent, child.tokens)
 
     def forget_end(self, node: Node, version: int) -> np.ndarray:
         """Forget `node` and what is above it as far as nobody holds it, waits for it or continues it; gives the pages."""

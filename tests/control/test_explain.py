@@ -19,7 +19,10 @@ from kvmanager.pages.prefix import PrefixIndex
 from tests.control.conftest import Clock, Rig, tokens
 
 MakeRig = Callable[[ManagerConfig], Rig]
-CONFIG = ManagerConfig(pools=(PoolConfig("A", 8, page_size=16, group="dp"), PoolConfig("B", 8, page_size=16, group="dp")))
+CONFIG = ManagerConfig(
+    pools=(PoolConfig("A", 8, page_size=16, group="dp"), PoolConfig("B", 8, page_size=16, group="dp")),
+    lease_ms=86_400_000,  # the clock jumps in here, and a server ticks when it likes
+)
 
 
 def cached(rig: Rig, prompt: object, pool: str = "A", **more: Any) -> None:
