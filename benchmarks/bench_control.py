@@ -4,7 +4,9 @@ Each row checks the answer before it is timed, and gives the median of many repe
 ZMQ is an echo of messages of the same sizes between the same two kinds of process. Peers are measured in the same run where they are at
 hand (see peers_control), and otherwise are figures that were read, on this kind of machine, another day.
 
-    python benchmarks/bench_control.py [--quick] [--json] [--rows PART] [--plot FILE.png]
+    python benchmarks/bench_control.py [--quick] [--json] [--rows PART]
+
+plot_control makes a picture of the JSON.
 """
 
 from __future__ import annotations
@@ -607,19 +609,14 @@ def print_report(report: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, small pools: half a minute")
-    parser.add_argument("--json", action="store_true", help="medians as JSON")
+    parser.add_argument("--json", action="store_true", help="medians as JSON, for plot_control and other programs")
     parser.add_argument("--rows", default="", help="only the parts whose name contains this (decode, hit, miss, free, evict, replica, ...)")
-    parser.add_argument("--plot", help="a picture of the table and of what grows with the pool (needs matplotlib)")
     parser.add_argument("--memory", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         memory_main(*options.memory)
         return
     report = measure(options.quick, options.rows)
-    if options.plot:
-        from plot_control import plot
-
-        plot(report, REACH, options.plot)
     if options.json:
         report["rows"] = {name: statistics.median(samples) for name, samples in report["rows"].items()}
         print(json.dumps(report, indent=1))

@@ -9,6 +9,7 @@ disk that counts: fsync is its speed, not this program's.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from kvmanager.log.history import History, PageWatch
 from kvmanager.log.journal import FSYNC, Journal
 from kvmanager.log.recovery import recover
 from kvmanager.machine.batch import encode_batch
+from kvmanager.machine.commands import Open
 from kvmanager.machine.snapshot import snapshot, state_digest
 from kvmanager.manager import KVManager
 
@@ -87,21 +89,27 @@ def bench_step(folder: Path, repeats: int) -> dict[str, float]:
     return {f"{name}_us": min(found) for name, found in median.items()}
 
 
-def bench_recovery(folder: Path, num_pages: int, steps: int) -> dict[str, float]:
-    """A pool full of cached prefixes, a snapshot of it, then decode steps; the process ends and the next one comes back."""
-    where = str(folder / "recovery")
-    bounds = ManagerConfig((PoolConfig("main", num_pages, PAGE),), lease_ms=86_400_000)
+def bench_recovery(folder: Path, num_pages: int, steps: int, prompt_pages: int, page: int) -> dict[str, float]:
+    """A pool full of cached prompts of `prompt_pages` pages each, no two alike, a snapshot of it, then decode steps; the process ends and
+    the next one comes back."""
+    where = str(folder / f"recovery-{prompt_pages}")
+    bounds = ManagerConfig((PoolConfig("main", num_pages, page),), lease_ms=86_400_000)
     now = [0]
     manager = KVManager(bounds, clock=lambda: now[0], journal=Journal(where, segment_bytes=1 << 40))
     worker = manager.join("w0", "main", "bf16")
-    length, number = 128 * PAGE, 0
-    reserve = BATCH * (2 + steps // PAGE + 2)
-    while manager.state.pools[0].counts().free > reserve + 256:
-        tokens = np.arange(length, dtype=np.int32) + number
-        sequence = manager.open(tokens, "main", chunk=length).sequence
-        manager.ack(worker, manager.state.version, ids=[sequence], tokens=[length])
-        manager.close(sequence)
-        number += 1
+    length, number = prompt_pages * page, 0
+    texts = min(steps // 4, 40 * PAGE)  # steps after which one text ends and another begins
+    reserve = BATCH * (2 + texts // page + 2) * 2
+    at_once = 1 if prompt_pages > 1 else 2048
+    while manager.state.pools[0].counts().free > reserve + at_once * prompt_pages:
+        prompts = [np.arange(length, dtype=np.int32) + number + each for each in range(at_once)]
+        opened = manager.step(opens=[Open(each, "main", chunk=length) for each in prompts]).opened
+        sequences = [each.sequence for each in opened if each is not None]
+        manager.ack(worker, manager.state.version, ids=sequences, tokens=[length] * at_once)
+        manager.step(close=sequences)
+        number += at_once
+    manager.ack(worker, manager.state.version)
+    expect(manager.state.pools[0].counts().cached == number * prompt_pages, "cached pages")
     ids = [manager.open(np.full(10, -1 - each, np.int64).astype(np.int32) & 0x7FFFFFFF, "main", chunk=10).sequence for each in range(BATCH)]
     manager.ack(worker, manager.state.version)
     began = time.perf_counter()
@@ -114,7 +122,7 @@ def bench_recovery(folder: Path, num_pages: int, steps: int) -> dict[str, float]
     while done < steps:
         manager.step(grow=ids)
         done += 1
-        if done % (40 * PAGE) == 0:  # texts end, others begin: the pool does not grow for ever
+        if done % texts == 0:  # texts end, others begin: the pool does not grow for ever
             manager.step(close=ids)
             manager.ack(worker, manager.state.version)
             ids = [manager.open(np.full(10, each, np.int32), "main", chunk=10).sequence for each in range(BATCH)]
@@ -130,6 +138,9 @@ def bench_recovery(folder: Path, num_pages: int, steps: int) -> dict[str, float]
         expect(recovered is not None and recovered.state.version == version, "the version")
         expect(recovered is not None and state_digest(recovered.state) == digest, "the digest")
         journal.close()
+        if len(times) < 3:
+            del recovered
+            gc.collect()
     expect(recovered is not None, "something")
     only = snapshot_only(bounds, where)
     began = time.perf_counter()
@@ -137,6 +148,8 @@ def bench_recovery(folder: Path, num_pages: int, steps: int) -> dict[str, float]
     page_history = time.perf_counter() - began
     return {
         "pages": num_pages,
+        "prompt_pages": prompt_pages,
+        "page_size": page,
         "steps": steps,
         "batches": recovered.records if recovered is not None else 0,
         "journal_mb": sum(each.stat().st_size for each in Path(where).iterdir()) / 1e6,
@@ -173,7 +186,8 @@ def main() -> None:
         counts = {"never": 2_000 if options.quick else 100_000, "group": 2_000 if options.quick else 20_000, "always": 200}
         report: dict[str, Any] = {"append": {fsync: bench_append(folder, fsync, counts[fsync]) for fsync in FSYNC}}
         report["step"] = bench_step(folder, 300 if options.quick else 3000)
-        report["recovery"] = bench_recovery(folder, *((20_000, 1_000) if options.quick else (1_000_000, 100_000)))
+        size = (20_000, 1_000) if options.quick else (1_000_000, 100_000)
+        report["recovery"] = [bench_recovery(folder, *size, prompt_pages, page) for prompt_pages, page in ((128, PAGE), (1, 16))]
     if options.json:
         print(json.dumps(report))
         return
@@ -184,8 +198,15 @@ def main() -> None:
     print(
         f"decode step, nobody crossing, decided, applied and answered: {row['without_us']:.1f} us, with a journal {row['with_us']:.1f} us"
     )
-    row = report["recovery"]
-    print(f"restart: pool of {row['pages']:,} pages, {row['steps']:,} decode steps behind the snapshot ({row['journal_mb']:.0f} MB)")
+    for row in report["recovery"]:
+        print_recovery(row)
+
+
+def print_recovery(row: dict[str, float]) -> None:
+    prompts = f"full of prompts of {row['prompt_pages']} pages of {row['page_size']} tokens, no two alike"
+    print(
+        f"restart: pool of {row['pages']:,} pages {prompts}; {row['steps']:,} decode steps behind the snapshot ({row['journal_mb']:.0f} MB)"
+    )
     print(
         f"  recovery {row['recovery_s']:.2f} s ({row['recovery_cpu_s']:.2f} s of work), {row['of_which_snapshot_s']:.2f} s of it the snapshot of {row['snapshot_mb']:.0f} MB"
     )

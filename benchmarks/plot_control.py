@@ -1,15 +1,21 @@
-"""A picture of what bench_control measured: each row beside its reach and its peers, and what grows with the size of the pool."""
+"""A picture of what bench_control measured: each row beside its reach and its peers, and what grows with the size of the pool.
+
+python benchmarks/bench_control.py --json > control.json
+python benchmarks/plot_control.py control.json docs/performance.png        (needs matplotlib)
+"""
 
 from __future__ import annotations
 
-import statistics
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 __all__ = ["plot"]
 
 
 def plot(report: dict[str, Any], reach: list[tuple[str, str, float | None]], path: str) -> None:
-    """Write a PNG. Needs matplotlib."""
+    """Write a PNG of a report whose rows are medians."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,7 +25,7 @@ def plot(report: dict[str, Any], reach: list[tuple[str, str, float | None]], pat
     scaling = report.get("scaling", {})
     figure, axes = pyplot.subplots(1, 2 if scaling else 1, figsize=(14 if scaling else 8, 6), layout="constrained", squeeze=False)
     left = axes[0][0]
-    medians = [statistics.median(report["rows"][name]) for name, *_ in rows]
+    medians = [report["rows"][name] for name, *_ in rows]
     left.barh(range(len(rows)), medians, color="#4477aa", label="kvmanager, median")
     left.plot([limit for *_, limit in rows], range(len(rows)), "|", color="black", markersize=14, markeredgewidth=2, label="reach")
     for peer, mark in (("vLLM", "o"), ("SGLang Rust", "D")):
@@ -44,3 +50,9 @@ def plot(report: dict[str, Any], reach: list[tuple[str, str, float | None]], pat
         right.legend(fontsize=8)
         right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    from bench_control import REACH
+
+    plot(json.loads(Path(sys.argv[1]).read_text()), REACH, sys.argv[2])

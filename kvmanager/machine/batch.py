@@ -84,7 +84,9 @@ _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 _DTYPES: dict[Any, np.dtype] = {ev.Ints32: I32, ev.Ints64: I64}
 _KINDS = {cls: tuple(get_type_hints(cls, include_extras=True).values()) for cls in EVENTS}
 _ROWS = {cls: [int, *(bytes if kind in _DTYPES else kind for kind in kinds)] for cls, kinds in _KINDS.items()}
+_make: Any = tuple.__new__  # a NamedTuple of fields that were checked
 _ARRAYS = {cls: [(at, _DTYPES[kind]) for at, kind in enumerate(kinds, 1) if kind in _DTYPES] for cls, kinds in _KINDS.items()}
+_READERS = {code: (cls, _ROWS[cls], [(at, dtype, dtype.itemsize) for at, dtype in _ARRAYS[cls]]) for cls, code in _CODE.items()}
 
 
 class EventBatch(NamedTuple):
@@ -171,13 +173,15 @@ def decode_batch(data: bytes | memoryview) -> EventBatch:
     for row in message[3]:
         if type(row) is not list or not row or type(row[0]) is not int or not 1 <= row[0] <= len(EVENTS):
             raise BadMessage(f"event: expected [code, *fields] with a code in 1..{len(EVENTS)}")
-        cls = EVENTS[row[0] - 1]
-        if [*map(type, row)] != _ROWS[cls]:
-            expected, got = ([each.__name__ for each in kinds] for kinds in (_ROWS[cls], map(type, row)))
+        cls, kinds, arrays = _READERS[row[0]]
+        if [*map(type, row)] != kinds:
+            expected, got = ([each.__name__ for each in types] for types in (kinds, map(type, row)))
             raise BadMessage(f"event {cls.__name__}: expected {expected}, got {got}"[:300])
-        for at, dtype in _ARRAYS[cls]:
-            if len(row[at]) % dtype.itemsize:
+        for at, dtype, item_bytes in arrays:
+            if len(row[at]) % item_bytes:
                 raise BadMessage(f"event {cls.__name__}: expected bytes of {dtype.name} as field {at}, got {len(row[at])} bytes")
             row[at] = np.frombuffer(row[at], dtype)
-        events.append(tuple.__new__(cls, row[1:]))
-    return EventBatch(message[0], message[1], message[2], events)
+        del row[0]
+        events.append(_make(cls, row))
+    message[3] = events
+    return _make(EventBatch, message)

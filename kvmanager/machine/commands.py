@@ -329,8 +329,14 @@ def _check_release(value: object) -> list[tuple[bytes, bytes]]:
 
 
 def _check_tokens(value: object) -> list[tuple[int, np.ndarray]]:
+    items = check_list("step.tokens", value)
+    if {*map(type, items)} == {tuple} and {*map(len, items)} == {2}:
+        try:
+            return [(check_int("step.tokens", sequence, 1, INT64_MAX), as_tokens("step.tokens", ids)) for sequence, ids in items]
+        except InvalidValue:
+            pass  # below, which of them: a name for each takes longer than all the rest
     tokens = []
-    for number, item in enumerate(check_list("step.tokens", value)):
+    for number, item in enumerate(items):
         sequence, ids = as_pair(f"step.tokens[{number}]", item)
         tokens.append((check_int(f"step.tokens[{number}]", sequence, 1, INT64_MAX), as_tokens(f"step.tokens[{number}]", ids)))
     return tokens

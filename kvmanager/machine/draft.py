@@ -269,7 +269,6 @@ class Draft:
         self.state = state
         self.version = state.version + 1
         self.events: list[Any] = []
-        self.slots = StackDraft(state.free_slots)
         self.acks: dict[int, int] = {}  # worker -> version
         self.dead: dict[int, None] = {}
         self.fenced: dict[int, None] = {}
@@ -285,7 +284,6 @@ class Draft:
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}
         self.begun: list[ev.HandoffBegun] = []
-        self.extras = ExtrasDraft(state.extras, state.config.extras_max)
         self.dequeued: dict[int, None] = {}
         self.enqueued = 0
         self.waiting_change = 0  # tokens of waiting prompts
@@ -294,8 +292,21 @@ class Draft:
         self.cut_pages: dict[int, int] = {}  # pool -> pages that they need for copies
         self.published: dict[int, int] = {}  # sequence -> pages in the index
         self.copies: dict[int, dict[int, tuple[int, int]]] = {}  # pool -> target page -> (source page, tokens)
-        self.pins = PinsDraft()
         self._pools: dict[int, PoolDraft] = {}
+
+    # What most commands never ask for is made for those that do.
+
+    @cached_property
+    def slots(self) -> StackDraft:
+        return StackDraft(self.state.free_slots)
+
+    @cached_property
+    def extras(self) -> ExtrasDraft:
+        return ExtrasDraft(self.state.extras, self.state.config.extras_max)
+
+    @cached_property
+    def pins(self) -> PinsDraft:
+        return PinsDraft()
 
     def name_extras(self, tokens: np.ndarray) -> None:
         """Extra keys that a prompt to be taken is the first to use are named before it."""

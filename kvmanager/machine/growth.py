@@ -285,7 +285,10 @@ def apply_grown_further(state: State, event: ev.GrownFurther) -> None:
 
 def apply_appended(state: State, event: ev.TokensAppended) -> None:
     sequence = state.sequences[event.sequence]
+    pool = state.pools[sequence.pool]
+    pages = len(sequence.tokens) // pool.prefix.page_bytes
     sequence.tokens += event.tokens.tobytes()
-    state.pools[sequence.pool].load += len(event.tokens)
-    note_publishable(state, sequence)
-    note_place(state, sequence)
+    pool.load += len(event.tokens)
+    if len(sequence.tokens) // pool.prefix.page_bytes != pages:  # otherwise it has neither more to publish nor another next page
+        note_publishable(state, sequence)
+        note_place(state, sequence)

@@ -163,7 +163,9 @@ class Tables:
         # Where each page id stands in the table, row after row: one gather, whatever the lengths.
         places = (rows * self.pages.shape[1] - indptr[:-1]).repeat(counts)
         places += _counting(len(places))
-        return BatchTables(version, page_size, self.lengths[rows].astype(np.int32), self.pages.ravel()[places], indptr)
+        # All places are inside by construction; "wrap" spares numpy the pass that would look.
+        pages = self.pages.ravel().take(places, mode="wrap")
+        return BatchTables(version, page_size, self.lengths[rows].astype(np.int32), pages, indptr)
 
     # --- changes: called by apply only ---------------------------------------------------------------------------------------
 
