@@ -60,5 +60,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "==> torch (large: minutes, the first time)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	@echo "==> kvmanager and what it needs"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,nixl]'
 	@touch $@

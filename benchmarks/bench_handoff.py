@@ -197,8 +197,6 @@ def host(report: Report, num_pages: int) -> None:
 
 
 def nixl_over(report: Report, rng: np.random.Generator, num_pages: int, tls: str) -> None:
-    from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-not-found]
-
     layout = LatentLayout(**V3, num_layers=61)
 
     if tls:
@@ -212,7 +210,7 @@ def nixl_over(report: Report, rng: np.random.Generator, num_pages: int, tls: str
         sums = pipe.recv()
         pull(memory, peer, src, dst, expected=sums)
         fields, size = export["transports"]["nixl"], layout.page_bytes
-        agent = nixl_agent("alone", nixl_agent_config(backends=["UCX"]))
+        agent = nixl_transport.api().nixl_agent("alone", nixl_transport.api().nixl_agent_config(backends=["UCX"]))
         base = memory.pages.data_ptr()
         agent.register_memory(agent.get_reg_descs(np.array([[base, num_pages * size, 0]], np.uint64), "DRAM"))
         name = agent.add_remote_agent(fields["metadata"])
@@ -380,7 +378,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    has_nixl, cards = importlib.util.find_spec("nixl") is not None, torch.cuda.device_count()
+    has_nixl, cards = any(importlib.util.find_spec(name) for name in nixl_transport.MODULES), torch.cuda.device_count()
     sections = args.sections or ["host"] + ["nixl"] * has_nixl + ["cuda"] * bool(cards) + ["nixl-cuda"] * (has_nixl and bool(cards))
     card = torch.cuda.get_device_name() if cards else "none"
     print(

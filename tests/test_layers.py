@@ -122,7 +122,6 @@ def test_attention_imports_kernels_and_control_plane_but_no_engine() -> None:
         for text, found in each_import(ATTENTION)
         if top(found.name) not in STDLIB
         and (not under(found.name, "torch", "numpy", "kvmanager") or under(found.name, "kvmanager.examples"))
-        and not (found.lazy and under(found.name, "nixl"))  # an extra: looked for when somebody asks for that transport
     ]
     assert ATTENTION
     assert not wrong, "\n".join(wrong)

@@ -37,7 +37,7 @@ from kvmanager.attention.transports.fields import bytes_field, int_field, text_f
 from kvmanager.attention.transports.move import Move, Runs
 from kvmanager.errors import ChecksumMismatch, InvalidValue, KVError, PullFailed, TransportUnavailable, WrongState
 
-__all__ = ["GRACE_S", "METADATA_BYTES_MAX", "NixlTransport"]
+__all__ = ["GRACE_S", "METADATA_BYTES_MAX", "MODULES", "NixlTransport", "api"]
 
 METADATA_BYTES_MAX = 3072  # an announcement has to fit into the 4,096 bytes that a worker joins with
 PIECE_BYTES = 32 << 20  # posted at a time: 3 ms of copying over shared memory
@@ -49,12 +49,20 @@ _IDLE_POLL_US = 100_000  # of the agent's progress thread; events wake it
 _PAUSE_S = 20e-6, 1e-3  # between looks at transfers under way: first, and at most
 
 
+MODULES = ("nixl_cu13", "nixl_cu12")  # one wheel for each CUDA; the package `nixl` only picks one, and depends on both: twice 230 MB
+
+
 @lru_cache(maxsize=1)
-def _bindings() -> Any:
-    try:
-        return importlib.import_module("nixl._api").nixlBind
-    except ImportError as error:
-        raise TransportUnavailable("nixl", f"not installed ({error}): {INSTALL['nixl']}") from None
+def api() -> Any:
+    """NIXL's Python module. Raises TransportUnavailable with what to install."""
+    cuda = torch.version.cuda or "13"
+    missing: list[str] = []
+    for name in MODULES if cuda.startswith("13") else MODULES[::-1]:
+        try:
+            return importlib.import_module(f"{name}._api")
+        except ImportError as error:
+            missing.append(str(error))
+    raise TransportUnavailable("nixl", f"not installed ({'; '.join(missing)}): {INSTALL['nixl']}")
 
 
 def _enter(own: OwnPages) -> None:
@@ -68,7 +76,7 @@ class _Agent:
     """One NIXL agent over UCX with `own` memory registered. Destroyed by `destroy`, after which no transfer of it writes anything."""
 
     def __init__(self, own: OwnPages) -> None:
-        nixl = self._nixl = _bindings()
+        nixl = self._nixl = api().nixlBind
         _enter(own)
         config = nixl.nixlAgentConfig()
         config.useProgThread, config.pthrDelay = True, _IDLE_POLL_US

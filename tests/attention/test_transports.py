@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,8 +24,10 @@ from kvmanager.errors import ChecksumMismatch, InvalidValue, KVError, PullFailed
 from kvmanager.tables import div_ceil
 from tests.attention.owner import Owner, as_bytes, content, owning
 
-NIXL = importlib.util.find_spec("nixl") is not None
+NIXL = any(importlib.util.find_spec(name) for name in nixl_transport.MODULES)
 needs_nixl = pytest.mark.skipif(not NIXL, reason="nixl is not installed: pip install 'kvmanager[nixl]'")
+ROOM = shutil.disk_usage("/dev/shm").free
+needs_room = pytest.mark.skipif(ROOM < 1 << 30, reason=f"needs 1 GiB in /dev/shm, {ROOM >> 20} MiB are free")
 TRANSPORTS = ["shm", pytest.param("nixl", marks=needs_nixl)]
 LAYERS = 3
 
@@ -253,11 +256,11 @@ def test_transport_that_cannot_be_had_here_is_named_at_start_up(monkeypatch: pyt
     def missing(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    nixl_transport._bindings.cache_clear()
+    nixl_transport.api.cache_clear()
     monkeypatch.setattr(nixl_transport.importlib, "import_module", missing)
     with pytest.raises(TransportUnavailable, match=r"transport nixl: not installed .*pip install 'kvmanager\[nixl\]'"):
         PageMemory(layout_of(16), 2, transports=("shm", "nixl"))
-    assert nixl_transport._bindings.cache_info().currsize == 0
+    assert nixl_transport.api.cache_info().currsize == 0
     with pytest.raises(TransportUnavailable, match="cuda_ipc: cpu memory moves by shm"):
         PageMemory(layout_of(16), 2, transports=("cuda_ipc",))
     for bad in ("shm", ("tcp",), (1,)):
@@ -297,6 +300,7 @@ def landed(memory: PageMemory, value: int = NEW) -> int:
     return int((as_bytes(memory)[:BIG_PAGES] == value).sum())
 
 
+@needs_room
 @needs_nixl
 def test_frozen_peer_s_late_writes_land_in_quarantined_pages_only(
     frozen: tuple[Owner, PageMemory, PeerMemory, Pull], monkeypatch: pytest.MonkeyPatch
@@ -318,6 +322,7 @@ def test_frozen_peer_s_late_writes_land_in_quarantined_pages_only(
     assert landed(memory, MINE) == BIG_PAGES * BIG.page_bytes
 
 
+@needs_room
 @needs_nixl
 @pytest.mark.parametrize("fence", ["grace", "gone", "close"])
 def test_settled_pull_of_a_peer_that_wakes_later_writes_nothing(
@@ -340,6 +345,7 @@ def test_settled_pull_of_a_peer_that_wakes_later_writes_nothing(
     assert landed(memory, MINE) == BIG_PAGES * BIG.page_bytes
 
 
+@needs_room
 @needs_nixl
 def test_other_peers_go_on_while_one_is_fenced(frozen: tuple[Owner, PageMemory, PeerMemory, Pull]) -> None:
     _, memory, _, pull = frozen
@@ -353,6 +359,7 @@ def test_other_peers_go_on_while_one_is_fenced(frozen: tuple[Owner, PageMemory, 
         assert other.sums([1]).shape == (1,)
 
 
+@needs_room
 @needs_nixl
 @pytest.mark.parametrize("tls", ["tcp", "all"])
 def test_reader_that_leaves_in_the_middle_of_a_pull_does_not_harm_its_source(tls: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +379,7 @@ def test_reader_that_leaves_in_the_middle_of_a_pull_does_not_harm_its_source(tls
         assert owner.sums([1]).shape == (1,)
 
 
+@needs_room
 @needs_nixl
 @pytest.mark.parametrize("tls", ["tcp", "all"])
 def test_peer_that_dies_fails_the_pull_within_a_bounded_time(tls: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from kvmanager.attention.transports.base import PullState
 from kvmanager.errors import TransportUnavailable
 from tests.attention.owner import as_bytes, content, owning
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed: pip install 'kvmanager[nixl]'")
+pytestmark = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in nixl.MODULES), reason="nixl is not installed: pip install 'kvmanager[nixl]'"
+)
 CARDS = [f"cuda:{index}" for index in range(min(2, torch.cuda.device_count()))]
 
 
