@@ -313,7 +313,7 @@ def cuda_pages(report: Report, rng: np.random.Generator, num_pages: int, page_si
         for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8)):
             page_pull.TILES[True] = (block, warps)
             checked(f"{name}, kernel, {block} words, {warps} warps")
-        page_pull.TILES[True] = (2048, 4)
+        page_pull.TILES[True] = (2048, 8)
         rule, cuda_ipc.COPY_ENGINE_RUN_BYTES = cuda_ipc.COPY_ENGINE_RUN_BYTES, 1
         checked(f"{name}, copy engines")
         cuda_ipc.COPY_ENGINE_RUN_BYTES = rule

@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["pull_pages"]
 
 # words of 8 bytes that a program copies, and its warps: long runs (whole pages), and runs of a page's slots in one layer
-TILES = {True: (2048, 4), False: (1024, 4)}
+TILES = {True: (2048, 8), False: (1024, 4)}
 
 
 def pull_pages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -29,7 +30,27 @@ def as_bytes(memory: PageMemory) -> torch.Tensor:
     return memory.pages.view(torch.uint8).view(memory.num_pages, layout.num_layers, layout.page_size, layout.slot_bytes)
 
 
-def _own(pipe: Connection, layout: LatentLayout, num_pages: int, seed: int, transports: tuple[str, ...] | None, device: str) -> None:
+def _enter(namespace: str) -> None:
+    """Join a network namespace of `ip netns` as `ip netns exec` does: no socket reaches outside it any more, and /sys shows its devices."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_network, new_mounts, recursive_slave = 0x40000000, 0x20000, 0x84000
+
+    def call(name: str, *arguments: object) -> None:
+        if getattr(libc, name)(*arguments):
+            raise OSError(ctypes.get_errno(), f"{name} {arguments}")
+
+    with open(f"/run/netns/{namespace}") as file:
+        call("setns", file.fileno(), new_network)
+    call("unshare", new_mounts)
+    call("mount", b"none", b"/", None, recursive_slave, None)
+    call("mount", namespace.encode(), b"/sys", b"sysfs", 0, None)
+
+
+def _own(
+    pipe: Connection, layout: LatentLayout, num_pages: int, seed: int, transports: tuple[str, ...] | None, device: str, namespace: str
+) -> None:
+    if namespace:
+        _enter(namespace)
     if device != "cpu" and transports == ("nixl",):
         nixl.DEVICE_MEMORY = True
     memory = PageMemory(layout, num_pages, device, transports=transports)
@@ -71,11 +92,17 @@ class Owner:
 
 @contextmanager
 def owning(
-    layout: LatentLayout, num_pages: int, *, seed: int = 7, transports: tuple[str, ...] | None = None, device: str = "cpu"
+    layout: LatentLayout,
+    num_pages: int,
+    *,
+    seed: int = 7,
+    transports: tuple[str, ...] | None = None,
+    device: str = "cpu",
+    namespace: str = "",
 ) -> Iterator[Owner]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_own, args=(there, layout, num_pages, seed, transports, device), daemon=True)
+    process = context.Process(target=_own, args=(there, layout, num_pages, seed, transports, device, namespace), daemon=True)
     process.start()
     try:
         there.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -402,6 +403,52 @@ def test_peer_that_dies_fails_the_pull_within_a_bounded_time(tls: str, monkeypat
         as_bytes(memory).fill_(MINE)
         time.sleep(0.5)
         assert landed(memory, MINE) == BIG_PAGES * BIG.page_bytes
+        memory.close()
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """A network namespace joined to ours by one virtual cable: kvm0 here, kvm1 there. Skipped where that is not allowed."""
+    name = f"kvmanager-{os.getpid()}"
+    commands = [
+        f"ip netns add {name}", f"ip link add kvm0 type veth peer name kvm1 netns {name}", "ip addr add 10.213.77.1/30 dev kvm0", "ip link set kvm0 up",
+        f"ip -n {name} addr add 10.213.77.2/30 dev kvm1", f"ip -n {name} link set kvm1 up", f"ip -n {name} link set lo up",
+    ]  # fmt: skip
+    if shutil.which("ip") is None:
+        pytest.skip("needs the program ip")
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"{command}: {done.stderr.strip()}")
+        yield name
+    finally:
+        subprocess.run(["ip", "link", "del", "kvm0"], capture_output=True, check=False)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@needs_nixl
+def test_pages_cross_from_one_network_namespace_to_another(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts, as far as sockets can tell: nothing but the cable joins them, and it carries the pages."""
+
+    def received() -> int:
+        with open("/sys/class/net/kvm0/statistics/rx_bytes") as file:
+            return int(file.read())
+
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("UCX_NET_DEVICES", "kvm1")
+    with owning(layout_of(64), 12, transports=("nixl",), namespace=namespace) as owner:
+        monkeypatch.setenv("UCX_NET_DEVICES", "kvm0")
+        memory = target_memory(16, 48, "nixl")
+        peer = memory.open_peer(owner.export)
+        before = received()
+        src, dst = [7, 3, 11], [5, 9, 1, 0, 40, 44, 20, 21, 22, 30, 31, 3]
+        pull = memory.begin_pull(peer, src, dst, expected=owner.sums(src))
+        assert pull.wait(60) is PullState.DONE, pull.error
+        want = torch.full(as_bytes(memory).shape, 0xEE, dtype=torch.uint8)
+        moved(content(layout_of(64), 12, 7), want, src, dst, 192, (0, 0), (0, LAYERS))
+        assert torch.equal(as_bytes(memory), want)
+        assert received() - before > 3 * layout_of(64).page_bytes
         memory.close()
 
 
