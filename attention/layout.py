@@ -132,19 +132,15 @@ class LatentLayout:
         return self.num_layers * self.page_size * self.slot_bytes
 
     @property
-    def fingerprint(self) -> str:
-        """16 hex digits that two memories must share before a byte moves between them."""
-        text = (
-            f"kvmanager-latent-1 kv_lora_rank={self.kv_lora_rank} qk_rope_head_dim={self.qk_rope_head_dim} num_layers={self.num_layers}"
-            f" page_size={self.page_size} dtype={self.format} rope_order={self.rope_order}"
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
     def content_fingerprint(self) -> str:
-        """As `fingerprint`, without the page size: what must agree between memories whose pages differ in size, since slots are regathered."""
+        """16 hex digits that two memories must share before a byte moves between them: all but the page size, since slots are regathered."""
         text = (
             f"kvmanager-content-1 kv_lora_rank={self.kv_lora_rank} qk_rope_head_dim={self.qk_rope_head_dim} num_layers={self.num_layers}"
             f" dtype={self.format} rope_order={self.rope_order}"
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def fingerprint(self) -> str:
+        """What a worker joins with: the content's fingerprint, a slash, and the page size, which workers of a pool share and pools need not."""
+        return f"{self.content_fingerprint}/p{self.page_size}"

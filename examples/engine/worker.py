@@ -20,10 +20,13 @@ import zmq
 
 from kvmanager import BatchTables, Follower, KVClient, Replica
 from kvmanager.attention import MLABackend, PageMemory, PeerMemory
+from kvmanager.attention.transports.base import Pull as PagePull
+from kvmanager.attention.transports.base import PullState
 from kvmanager.errors import Fenced, KVError, StaleEpoch, StaleStep
 from kvmanager.examples.engine.channel import WorkerChannel
 from kvmanager.examples.engine.model import LatentModel
 from kvmanager.worker.replica import AckContent
+from kvmanager.worker.replica import Pull as ReplicaPull
 
 __all__ = ["EXIT_FENCED", "Worker", "main"]
 
@@ -60,6 +63,7 @@ class Worker:
         self.renew_s = lease_ms / 1000 / 4
         self.acked_at = time.monotonic()
         self.peers: dict[int, PeerMemory] = {}
+        self.moving: dict[int, tuple[ReplicaPull, PagePull]] = {}  # begun and not settled, by handoff
         self.runs: deque[dict[str, Any]] = deque()
         channel.send({"t": "ready", "pool": pool, "worker": self.worker_id, "epoch": client.epoch_of(self.worker_id), "pid": os.getpid()})
 
@@ -84,7 +88,7 @@ class Worker:
         poller.register(self.channel.socket, zmq.POLLIN)
         poller.register(self.follower.socket, zmq.POLLIN)
         while os.getppid() == parent:
-            poller.poll(int(self.renew_s * 500))
+            poller.poll(1 if self.moving else int(self.renew_s * 500))
             self.follower.poll(0)
             self.copy()
             self.pull()
@@ -155,24 +159,40 @@ class Worker:
     # --- pages ---------------------------------------------------------------------------------------------------------------
 
     def pull(self) -> None:
-        """Copy the pages of sequences that are moving here, then say so."""
-        for pull in self.replica.pulls():
-            self.replica.begin_pull(pull.handoff)
-            try:
-                peer = self.peers.get(pull.peer.worker)
-                if peer is None:
-                    peer = self.peers[pull.peer.worker] = self.memory.open_peer(msgpack.unpackb(pull.peer.memory))
-                self.memory.pull(peer, pull.source_pages, pull.target_pages)
-            except (KVError, OSError, RuntimeError) as error:  # the source may have died this moment: that is its end, not ours
-                self.replica.pull_failed(pull.handoff)
-                self.channel.send({"t": "pull_failed", "handoff": pull.handoff, "error": f"pages of {pull.peer.name}: {error}"[:500]})
+        """Begin to copy the pages of sequences that are moving here, look how far others are, and say what has come. Waits for nothing."""
+        wanted = {pull.handoff: pull for pull in self.replica.pulls()}
+        for handoff, pull in wanted.items():
+            if handoff not in self.moving:
+                self.begin_pull(pull)
+        for handoff, (pull, copying) in list(self.moving.items()):
+            if handoff not in wanted:
+                copying.cancel()  # the handoff was aborted; the pages are the copy's until it has settled all the same
+            if copying.poll() and not copying.settled:
                 continue
-            self.replica.pulled(pull.handoff)
+            del self.moving[handoff]
+            if copying.state is not PullState.DONE:
+                self.pull_failed(pull, copying.error or f"the pull was {copying.state.value}")
+                continue
+            self.replica.pulled(handoff)
             self.acknowledge()
-            moved = {"t": "pulled", "handoff": pull.handoff, "moved": len(pull.target_pages), "shared": pull.shared_pages}
-            self.channel.send(moved)
+            self.channel.send({"t": "pulled", "handoff": handoff, "moved": len(pull.target_pages), "shared": pull.shared_pages})
         for worker in [each for each in self.peers if each not in self.replica.peers]:
             self.peers.pop(worker).close()
+
+    def begin_pull(self, pull: ReplicaPull) -> None:
+        """From now on nothing newer is acknowledged until the copy has settled."""
+        self.replica.begin_pull(pull.handoff)
+        try:
+            peer = self.peers.get(pull.peer.worker)
+            if peer is None:
+                peer = self.peers[pull.peer.worker] = self.memory.open_peer(msgpack.unpackb(pull.peer.memory))
+            self.moving[pull.handoff] = pull, self.memory.begin_pull(peer, pull.source_pages, pull.target_pages)
+        except (KVError, OSError, RuntimeError) as error:  # the source may have died this moment: that is its end, not ours
+            self.pull_failed(pull, error)
+
+    def pull_failed(self, pull: ReplicaPull, error: object) -> None:
+        self.replica.pull_failed(pull.handoff)
+        self.channel.send({"t": "pull_failed", "handoff": pull.handoff, "error": f"pages of {pull.peer.name}: {error}"[:500]})
 
     def dump(self, sequence: int) -> None:
         """Send a sequence's latents as they lie in its pages: float32 [layers, tokens, entry]."""
