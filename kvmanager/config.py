@@ -80,6 +80,10 @@ class ManagerConfig:
     message_bytes_max    one message on the wire
     lease_ms             a worker that does not acknowledge for this long is fenced
     client_lease_ms      a client that sends no command for this long is taken for dead and its sequences are closed; 0: never
+    handoff_timeout_ms   a moving handoff that gets no further for this long is aborted; 0: never
+    handoff_wait_ms      the same for one that waits for tokens to be written or for pages of its target
+    handoff_tries        times that one worker tries one pull
+    drain_at_once        sequences that leave a draining pool at a time
     heartbeat_ms         an idle publisher says where it stands this often
     log_bytes_max        end of the log that is kept in memory, for replicas that missed something
     inflight_wait_ms     a prompt waits for pages that another sequence computes while that puts a page into the index at least this
@@ -108,6 +112,10 @@ class ManagerConfig:
     message_bytes_max: int = 64 << 20
     lease_ms: int = 10_000
     client_lease_ms: int = 0
+    handoff_timeout_ms: int = 5_000
+    handoff_wait_ms: int = 60_000
+    handoff_tries: int = 3
+    drain_at_once: int = 32
     heartbeat_ms: int = 200
     log_bytes_max: int = 4 << 20
     inflight_wait_ms: int = 2_000
@@ -144,6 +152,10 @@ class ManagerConfig:
         check_int("message_bytes_max", self.message_bytes_max, 4096, 1 << 30)
         check_int("lease_ms", self.lease_ms, 10, 86_400_000)
         check_int("client_lease_ms", self.client_lease_ms, 0, 86_400_000)
+        check_int("handoff_timeout_ms", self.handoff_timeout_ms, 0, 86_400_000)
+        check_int("handoff_wait_ms", self.handoff_wait_ms, 0, 86_400_000)
+        check_int("handoff_tries", self.handoff_tries, 1, 1000)
+        check_int("drain_at_once", self.drain_at_once, 1, 1 << 20)
         check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)
         check_int("log_bytes_max", self.log_bytes_max, 0, 1 << 30)
         check_int("inflight_wait_ms", self.inflight_wait_ms, 0, 86_400_000)

@@ -25,6 +25,7 @@ __all__ = [
     "OutOfPages",
     "OverPinBudget",
     "OverQuota",
+    "PoolDrains",
     "PoolNotReady",
     "PrefixPending",
     "PullFailed",
@@ -196,6 +197,15 @@ class PoolNotReady(KVError):
         )
 
 
+class PoolDrains(KVError):
+    """The pool is being emptied: nothing new comes into it."""
+
+    code = "pool_draining"
+
+    def __init__(self, pool: str) -> None:
+        super().__init__(f"pool {pool}: expected one that takes new sequences, got one that is being drained", pool=pool)
+
+
 class LayoutMismatch(KVError):
     """Two memories do not hold the same bytes for the same tokens: fingerprints differ."""
 
@@ -326,6 +336,7 @@ _BY_CODE: dict[str, type[KVError]] = {
         PrefixPending,
         SequenceTooLarge,
         TooMany,
+        PoolDrains,
         PoolNotReady,
         LayoutMismatch,
         TransportUnavailable,

@@ -15,6 +15,7 @@ from kvmanager.config import ManagerConfig
 from kvmanager.errors import Internal, InvariantBroken, JournalFailed, KVError, error_from_wire
 from kvmanager.log.journal import Journal, fingerprint
 from kvmanager.log.recovery import LogTail, Recovered, batches_since, recover
+from kvmanager.machine import drains, handoffs
 from kvmanager.machine.apply import apply
 from kvmanager.machine.batch import EventBatch, decode_batch, encode_batch, same_batch
 from kvmanager.machine.clients import EMBEDDED, is_overdue
@@ -25,8 +26,7 @@ from kvmanager.machine.invariants import check_invariants
 from kvmanager.machine.lives import begin_life
 from kvmanager.machine.queries import answer
 from kvmanager.machine.snapshot import snapshot
-from kvmanager.machine.state import State
-from kvmanager.pages.handoff import HandoffState
+from kvmanager.machine.state import NEVER, State
 from kvmanager.surface import Surface
 
 __all__ = ["KVManager", "new_state"]
@@ -152,8 +152,10 @@ class KVManager(Surface):
             or any(each.expired(now, state.version) for each in state.pins.values())
             or is_overdue(state, now)
             or any(pool.quarantine and pool.oldest_quarantined() <= state.reusable(pool.index) for pool in state.pools)
-            or any(each.state is HandoffState.SEALED for each in state.handoffs.values())
-            or any(each.state is HandoffState.ABORTED and each.version <= state.acked(each.target) for each in state.handoffs.values())
+            or state.handoffs.sealed
+            or any(next(iter(each.values()), NEVER) <= state.acked(target) for target, each in state.handoffs.aborted.items())
+            or handoffs.is_overdue(state, now)
+            or drains.is_due(state)
         ):
             self._number += 1
             self.execute(Tick(), self.CLIENT, self._number)

@@ -15,8 +15,10 @@ from kvmanager.machine.command_wire import command_to_wire
 from kvmanager.machine.commands import (
     Ack,
     Command,
+    Drain,
     Enqueue,
     Flush,
+    HandOff,
     Join,
     Open,
     Pin,
@@ -74,7 +76,7 @@ class StepReply:
 
     version   workers run this step on tables of this version
     opened    one for each of step.opens, None where refused
-    handoffs  handoff id for each of step.hand_off, 0 where refused
+    handoffs  handoff id for each of step.hand_off, 0 where refused; `targets` are the pools that they go to
     queued    id for each of step.enqueue, 0 where refused
     forked    ids of the children for each of step.fork, none where refused
     pinned    one for each of step.pin, None where refused
@@ -92,6 +94,7 @@ class StepReply:
     notices: list[Notice] = field(default_factory=list)
     forked: list[list[int]] = field(default_factory=list)
     victims: list[Victim] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
 
     def error(self, kind: str, index: int) -> KVError | None:
         """Why item `index` of the step's list `kind` was refused; None if it was done."""
@@ -109,6 +112,7 @@ def _step_reply(reply: dict[str, Any]) -> StepReply:
         [Notice(*item) for item in reply.get("notices", [])],
         reply.get("forked", []),
         [Victim(*item) for item in reply.get("victims", [])],
+        reply.get("targets", []),
     )
 
 
@@ -142,7 +146,7 @@ class Surface:
         grow_counts: Any = None,
         close: Any = (),
         tokens: Sequence[tuple[int, Tokens]] = (),
-        hand_off: Sequence[tuple[int, str]] = (),
+        hand_off: Sequence[HandOff | tuple[int, str]] = (),
         abort: Any = (),
         dequeue: Any = (),
         enqueue: Sequence[Enqueue] = (),
@@ -295,9 +299,13 @@ class Surface:
         """All pins, or those of one tenant: pin, client, pool, tenant, session, tokens, pages, and what is left of the leases."""
         return self._ask({"t": "pins"} if tenant is None else {"t": "pins", "tenant": tenant})["pins"]
 
-    def hand_off(self, sequence: int, pool: str) -> int:
-        """Move a sequence to another pool; gives the handoff id. The outcome comes as a notice: resident or aborted."""
-        return self._one("hand_off", Step(hand_off=((sequence, pool),)))["handoffs"][0]
+    def hand_off(self, sequence: int, pool: str = "", *, group: str = "", reserve: bool = False) -> int:
+        """Move a sequence to another pool, or to the best one of a group; gives the handoff id. See `commands.HandOff`.
+
+        The outcome comes as a notice: resident or aborted. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, SequenceTooLarge,
+        PoolNotReady, PoolDrains, TooMany, OverQuota, and OutOfPages if pages are to be reserved.
+        """
+        return self._one("hand_off", Step(hand_off=(HandOff(sequence, pool, group, reserve),)))["handoffs"][0]
 
     def abort(self, handoff: int) -> int:
         """Give a handoff up; the sequence stays in its source pool. Raises Unknown if it is over."""
@@ -320,6 +328,14 @@ class Surface:
         """Forget everything that is cached for a tenant; gives the pages that nobody held. See `commands.Flush`. Raises Unknown (pool)."""
         return self._run(Flush(tenant, pool))["pages"]
 
+    def drain(self, pool: str = "", *, worker: int = 0, stop: bool = False) -> dict[str, int]:
+        """Empty a pool, or that of a worker, while everybody goes on; gives the sequences and handoffs that are still there.
+
+        "drained" comes as a notice, and stands in `stats`, once the workers can leave. See `commands.Drain`. Raises Unknown, Fenced.
+        """
+        reply = self._run(Drain(pool, worker, stop))
+        return {"sequences": reply["sequences"], "handoffs": reply["handoffs"]}
+
     def tenants(self) -> list[dict[str, Any]]:
         """Tenants with a quota or pins, by pool: tenant, pages, quota, pinned."""
         return self._ask({"t": "tenants"})["tenants"]
@@ -336,12 +352,23 @@ class Surface:
         """The life of the manager in which the worker joined through this object, 0 if it did not: for `worker_gone` by somebody else."""
         return self._epochs.get(worker, 0)
 
-    def ack(self, worker: int, version: int, *, ids: Any = (), tokens: Any = (), pulled: Any = (), epoch: int = 0, as_of: int = 0) -> int:
+    def ack(
+        self,
+        worker: int,
+        version: int,
+        *,
+        ids: Any = (),
+        tokens: Any = (),
+        pulled: Any = (),
+        epoch: int = 0,
+        as_of: int = 0,
+        failed: Any = (),
+    ) -> int:
         """A worker reports what it finished; see `commands.Ack`. `epoch` is 0 for that in which it joined through this object.
 
         Raises Fenced if its lease ended, StaleEpoch if the manager does not continue what the worker has followed: drain, join again.
         """
-        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker), as_of))["version"]
+        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker), as_of, failed))["version"]
 
     def worker_gone(self, worker: int, *, epoch: int = 0) -> list[int]:
         """The worker's process is known dead, or it drained; gives the sequences that are lost with it.

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from kvmanager.arrays import bytes_of
-from kvmanager.errors import InvalidValue, InvariantBroken, KVError, PoolNotReady, PrefixPending, SequenceTooLarge, TooMany, Unknown
+from kvmanager.errors import (
+    InvalidValue,
+    InvariantBroken,
+    KVError,
+    PoolDrains,
+    PoolNotReady,
+    PrefixPending,
+    SequenceTooLarge,
+    TooMany,
+    Unknown,
+)
 from kvmanager.machine import events as ev
 from kvmanager.machine.commands import Open
 from kvmanager.machine.draft import Draft, PoolDraft
@@ -25,6 +35,8 @@ __all__ = ["admit", "check_ready"]
 
 
 def check_ready(draft: Draft, pool: Pool) -> None:
+    if draft.draining.get(pool.index, bool(pool.draining)):
+        raise PoolDrains(pool.name)
     live = draft.live_workers(pool.index)
     fenced = len(draft.state.pool_workers[pool.index]) - len(live)
     if len(live) < pool.workers_expected or fenced:
@@ -72,7 +84,7 @@ def _suitable(draft: Draft, command: Open, count: int) -> list[Pool]:
         needed = div_ceil(count, pool.page_size)
         try:
             check_ready(draft, pool)
-        except PoolNotReady as error:
+        except (PoolDrains, PoolNotReady) as error:
             not_ready = not_ready or error
             continue
         if needed > pool.num_pages:

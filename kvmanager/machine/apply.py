@@ -16,14 +16,17 @@ from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.clients import apply_answered, apply_forgotten
 from kvmanager.machine.closing import apply_closed
 from kvmanager.machine.copies import apply_copied
+from kvmanager.machine.drains import apply_drained, apply_draining
 from kvmanager.machine.forks import apply_forked
 from kvmanager.machine.growth import apply_appended, apply_grown, apply_grown_again, apply_grown_further
-from kvmanager.machine.handoffs import (
+from kvmanager.machine.handoff_events import (
     apply_aborted,
     apply_begun,
     apply_ended,
+    apply_failed,
     apply_moving,
     apply_pulled,
+    apply_reserved,
     apply_reserving,
     apply_resident,
     apply_sealed,
@@ -88,9 +91,11 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.PagesReleased: apply_released,
     ev.IndexDropped: apply_index_dropped,
     ev.HandoffBegun: apply_begun,
+    ev.HandoffReserved: apply_reserved,
     ev.HandoffSealed: apply_sealed,
     ev.HandoffReserving: apply_reserving,
     ev.HandoffMoving: apply_moving,
+    ev.HandoffFailed: apply_failed,
     ev.HandoffPulled: apply_pulled,
     ev.HandoffResident: apply_resident,
     ev.HandoffAborted: apply_aborted,
@@ -107,5 +112,7 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.PinBegun: apply_pin_begun,
     ev.PinsEnded: apply_pins_ended,
     ev.ExtrasNamed: _extras_named,
+    ev.PoolDraining: apply_draining,
+    ev.PoolDrained: apply_drained,
     ev.EpochBegun: lives.epoch_begun,
 }

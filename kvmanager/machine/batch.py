@@ -76,6 +76,10 @@ EVENTS: tuple[type, ...] = (
     ev.AccountRestored,
     ev.ExtrasNamed,
     ev.CountersRestored,
+    ev.HandoffReserved,
+    ev.HandoffFailed,
+    ev.PoolDraining,
+    ev.PoolDrained,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

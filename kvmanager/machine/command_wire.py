@@ -11,12 +11,26 @@ import numpy as np
 from kvmanager.arrays import ones
 from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.machine.checks import check_list
-from kvmanager.machine.commands import Ack, Command, Enqueue, Flush, Join, Open, Pin, SetQuota, Step, Tick, WorkerGone
+from kvmanager.machine.commands import Ack, Command, Drain, Enqueue, Flush, HandOff, Join, Open, Pin, SetQuota, Step, Tick, WorkerGone
 
 __all__ = ["command_from_wire", "command_to_wire"]
 
-_KINDS: dict[str, type] = {"step": Step, "join": Join, "ack": Ack, "gone": WorkerGone, "tick": Tick, "quota": SetQuota, "flush": Flush}
-_ITEMS: dict[str, type] = {"opens": Open, "enqueue": Enqueue, "pin": Pin}  # lists of a step whose items are maps on the wire
+_KINDS: dict[str, type] = {
+    "step": Step,
+    "join": Join,
+    "ack": Ack,
+    "gone": WorkerGone,
+    "tick": Tick,
+    "quota": SetQuota,
+    "flush": Flush,
+    "drain": Drain,
+}
+_ITEMS: dict[str, type] = {
+    "opens": Open,
+    "enqueue": Enqueue,
+    "pin": Pin,
+    "hand_off": HandOff,
+}  # lists of a step whose items are maps on the wire
 _NAMES = {cls: kind for kind, cls in _KINDS.items()}
 _FIELDS: dict[type, tuple[str, ...]] = {
     cls: tuple(item.name for item in fields(cls) if item.init) for cls in (*_KINDS.values(), *_ITEMS.values())
@@ -29,6 +43,8 @@ _DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.defau
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tobytes()
+    if type(value) is HandOff and value.pool and not value.reserve:
+        return [value.sequence, value.pool]
     if type(value) in _DEFAULTS:
         defaults = _DEFAULTS[type(value)]
         named = ((name, getattr(value, name)) for name in _FIELDS[type(value)])
@@ -78,6 +94,8 @@ def command_from_wire(wire: object) -> Command:
 
 
 def _item_from_wire(where: str, cls: type, wire: object) -> Any:
+    if cls is HandOff and isinstance(wire, (list, tuple)):
+        return wire  # (sequence, pool), checked with the step
     if not isinstance(wire, Mapping):
         raise InvalidValue(where, "maps", type(wire).__name__)
     try:

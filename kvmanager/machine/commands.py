@@ -22,8 +22,10 @@ from kvmanager.pages.eviction import PRIORITY_MAX, PRIORITY_MIN
 __all__ = [
     "Ack",
     "Command",
+    "Drain",
     "Enqueue",
     "Flush",
+    "HandOff",
     "Join",
     "Open",
     "Pin",
@@ -38,6 +40,7 @@ __all__ = [
 TENANT_BYTES_MAX = 256
 EXTRAS_MAX = 1024
 MEMORY_BYTES_MAX = 4096
+REASON_MAX = 500  # characters of why a pull failed
 LEASE_MAX = 1 << 40  # milliseconds or versions
 Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
 
@@ -187,6 +190,34 @@ class Pin:
         check_int("pin.lease_steps", self.lease_steps, 0, LEASE_MAX)
 
 
+@dataclass(frozen=True, slots=True)
+class HandOff:
+    """Move a sequence to another pool.
+
+    pool     the target's name; or else
+    group    any other pool of this group, "*" for any at all: the one with room that has most of the sequence already and the least load. If
+             it fails the handoff, the manager tries the others, each once
+    reserve  take the target's pages now, for all tokens known of the sequence, and move once those are computed: so that nothing is computed
+             that has nowhere to go. Refused with OutOfPages if they are not there
+    """
+
+    sequence: int
+    pool: str = ""
+    group: str = ""
+    reserve: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("hand_off.sequence", self.sequence, 1, INT64_MAX)
+        if self.pool != "" or self.group == "":  # exactly one is named
+            check_name("hand_off.pool", self.pool)
+        if self.group != "":
+            check_name("hand_off.group", self.group)
+            if self.pool:
+                raise InvalidValue("hand_off.group", "a pool, or else a group", "both")
+        if not isinstance(self.reserve, bool):
+            raise InvalidValue("hand_off.reserve", "true or false", repr(self.reserve)[:80])
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class Step:
     """One scheduler step for the whole batch, in this order: close, abort, truncate, tokens, unpin, release, pin, hand_off, grow, fork,
@@ -196,7 +227,7 @@ class Step:
     forget       sequence ids, int64: closed too, and what nobody else holds, waits for or continues leaves the index
     abort        handoff ids, int64
     tokens       (sequence id, token ids) pairs: ids of decoded tokens, appended after those known
-    hand_off     (sequence id, target pool name) pairs
+    hand_off     HandOff objects, or (sequence id, target pool name) pairs
     grow         sequence ids, int64, each once
     grow_counts  slots for each, int64, >= 1; None is one each
     opens        Open objects
@@ -342,11 +373,14 @@ def _check_tokens(value: object) -> list[tuple[int, np.ndarray]]:
     return tokens
 
 
-def _check_hand_off(value: object) -> list[tuple[int, str]]:
+def _check_hand_off(value: object) -> list[HandOff]:
     hand_off = []
     for number, item in enumerate(check_list("step.hand_off", value)):
-        sequence, pool = as_pair(f"step.hand_off[{number}]", item)
-        hand_off.append((check_int(f"step.hand_off[{number}]", sequence, 1, INT64_MAX), check_name(f"step.hand_off[{number}]", pool)))
+        if not isinstance(item, HandOff):
+            sequence, pool = as_pair(f"step.hand_off[{number}]", item)
+            check_int(f"step.hand_off[{number}]", sequence, 1, INT64_MAX)
+            item = HandOff(sequence, check_name(f"step.hand_off[{number}]", pool))
+        hand_off.append(item)
     return hand_off
 
 
@@ -410,12 +444,27 @@ class Join:
         check_int("join.seen", self.seen, 0, INT64_MAX)
 
 
+def _check_failed(value: object) -> list[tuple[int, int, str]]:
+    failed = []
+    for number, item in enumerate(check_list("ack.failed", value)):
+        if not isinstance(item, (list, tuple)) or len(item) != 3:
+            raise InvalidValue(f"ack.failed[{number}]", "(handoff, try, reason)", repr(item)[:80])
+        handoff, attempt, reason = item
+        check_int(f"ack.failed[{number}]", handoff, 1, INT64_MAX)
+        check_int(f"ack.failed[{number}]", attempt, 0, 1 << 20)
+        if not isinstance(reason, str) or len(reason) > REASON_MAX:
+            raise InvalidValue(f"ack.failed[{number}]", f"a reason of at most {REASON_MAX} characters", repr(reason)[:80])
+        failed.append((handoff, attempt, reason.encode(errors="replace").decode()))  # a lone surrogate has no place in a log
+    return failed
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Ack:
     """A worker has finished every step up to `version` and will refuse any that it has not seen yet.
 
     ids, tokens   int64 [n]: sequence ids[i] is written up to tokens[i]
     pulled        handoff ids whose pages have arrived and were verified
+    failed        (handoff id, try, reason): tries of pulls that have ended without success, of which nothing can land any more
     epoch         the life of the manager that the worker follows (see Replica); 0 says that it has followed but one
     as_of         version of the tables that `tokens` speak of, at least `version`; 0 means `version` itself
     """
@@ -427,6 +476,7 @@ class Ack:
     pulled: Any = ()
     epoch: int = 0
     as_of: int = 0
+    failed: Any = ()
 
     def __post_init__(self) -> None:
         check_int("ack.worker", self.worker, 1, INT64_MAX)
@@ -439,6 +489,7 @@ class Ack:
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "pulled", as_ids("ack.pulled", self.pulled))
+        object.__setattr__(self, "failed", _check_failed(self.failed) if self.failed != () else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,4 +545,26 @@ class Flush:
         check_name("flush.pool", self.pool, allow_empty=True)
 
 
-Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick | SetQuota | Flush
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Empty a pool while everybody goes on, so that its workers can leave; see `drains`.
+
+    pool     its name; or else
+    worker   one of its workers: ranks of a pool hold the same bytes, so they leave together
+    stop     no more: it takes sequences again
+    """
+
+    pool: str = ""
+    worker: int = 0
+    stop: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("drain.worker", self.worker, 0, INT64_MAX)
+        check_name("drain.pool", self.pool, allow_empty=bool(self.worker))
+        if self.pool and self.worker:
+            raise InvalidValue("drain.worker", "a pool, or else a worker", "both")
+        if not isinstance(self.stop, bool):
+            raise InvalidValue("drain.stop", "true or false", repr(self.stop)[:80])
+
+
+Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick | SetQuota | Flush | Drain

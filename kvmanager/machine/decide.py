@@ -15,12 +15,12 @@ from kvmanager.errors import (
     InvalidValue,
     KVError,
 )
-from kvmanager.machine import clients, lives, pins
+from kvmanager.machine import clients, drains, handoffs, lives, pins
 from kvmanager.machine import events as ev
 from kvmanager.machine.admission import admit
 from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.closing import close, forget
-from kvmanager.machine.commands import Ack, Command, Flush, Join, SetQuota, Step, Tick, WorkerGone
+from kvmanager.machine.commands import Ack, Command, Drain, Flush, Join, SetQuota, Step, Tick, WorkerGone
 from kvmanager.machine.copies import decide_copies
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.forks import fork
@@ -92,8 +92,10 @@ def _tick(draft: Draft, command: Tick, now_ms: int, client: int) -> dict[str, An
             lose_pool(draft, worker.pool, f"worker {worker.name} stopped acknowledging")
             draft.fenced[worker.worker_id] = None
             draft.events.append(ev.WorkerFenced(worker.worker_id))
+    handoffs.expire(draft, now_ms)
     pins.expire(draft, now_ms)
     clients.expire(draft, now_ms, client, lambda sequence_id: close(draft, sequence_id, 2))
+    drains.go_on(draft)
     return {}
 
 
@@ -136,9 +138,8 @@ def _step(draft: Draft, command: Step, now_ms: int, client: int) -> dict[str, An
     if command.pin:
         reply["pinned"] = [attempt("pin", index, pins.pin, item, client, now_ms) for index, item in enumerate(command.pin)]
     if command.hand_off:
-        reply["handoffs"] = [
-            attempt("hand_off", index, hand_off, sequence_id, pool) or 0 for index, (sequence_id, pool) in enumerate(command.hand_off)
-        ]
+        made = [attempt("hand_off", index, hand_off, item) or (0, "") for index, item in enumerate(command.hand_off)]
+        reply["handoffs"], reply["targets"] = [each[0] for each in made], [each[1] for each in made]
     if len(command.grow) and not grow_all(draft, command):
         grow(draft, command, refused)
     if len(command.fork):
@@ -163,6 +164,7 @@ _DECIDERS: dict[type, Any] = {
     Ack: ack,
     WorkerGone: gone,
     Tick: _tick,
+    Drain: drains.drain,
     SetQuota: set_quota,
     Flush: flush,
 }

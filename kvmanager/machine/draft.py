@@ -283,7 +283,11 @@ class Draft:
         self.closed_last: list[int] = []  # sequences whose end comes last in the batch
         self.grown: dict[int, None] = {}
         self.aborted: dict[int, None] = {}
-        self.begun: list[ev.HandoffBegun] = []
+        self.begun: dict[int, ev.HandoffBegun] = {}  # sequence -> its handoff
+        self.reserved: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # handoff begun -> pages of its target: there before, taken for it
+        self.redirected: dict[int, str] = {}  # aborted handoff that is to begin anew elsewhere -> code of the abort
+        self.draining: dict[int, bool] = {}  # pool -> whether it is, if this command says so
+        self.incoming: dict[int, int] = {}  # pool -> tokens that begin to move to it
         self.dequeued: dict[int, None] = {}
         self.enqueued = 0
         self.waiting_change = 0  # tokens of waiting prompts
@@ -399,12 +403,16 @@ class Draft:
         copies = self.copies.setdefault(pool, {})
         copies[target] = copies[source][0] if source in copies else source, tokens
 
+    def active_handoff(self, sequence: Sequence) -> int:
+        """The handoff that the sequence is in, 0 if none."""
+        begun = self.begun.get(sequence.sequence_id)
+        if begun is not None:
+            return 0 if begun.handoff in self.aborted else begun.handoff
+        return sequence.handoff if sequence.handoff not in self.aborted else 0
+
     def refuse_handed_off(self, sequence: Sequence) -> None:
         """Raises WrongState if a handoff reads the sequence's pages, or will: its table has to stay as it is."""
-        active = sequence.handoff if sequence.handoff not in self.aborted else 0
-        for event in self.begun if not active else ():
-            if event.sequence == sequence.sequence_id:
-                active = event.handoff
+        active = self.active_handoff(sequence)
         if active or sequence.holds:
             got = f"handoff {active}" if active else "an aborted handoff that may still read them"
             raise WrongState("sequence", sequence.sequence_id, "pages that no handoff holds", got)

@@ -148,9 +148,24 @@ class IndexDropped(NamedTuple):
 
 
 class HandoffBegun(NamedTuple):
+    """Not sealed before the sequence has `until` tokens. If `target` fails it, it may go to another pool of `group`, but not to those in
+    `tried`. `cause`: "" if the sequence's owner asked for it, "drain", or the code of the aborted handoff that it follows."""
+
     handoff: int
     sequence: int
     target: int
+    until: int
+    group: str
+    tried: Ints32
+    cause: str
+
+
+class HandoffReserved(NamedTuple):
+    """The target has these pages already, and these are to be pulled into once it moves."""
+
+    handoff: int
+    shared: Ints32
+    fresh: Ints32
 
 
 class HandoffSealed(NamedTuple):
@@ -162,11 +177,26 @@ class HandoffReserving(NamedTuple):
 
 
 class HandoffMoving(NamedTuple):
-    """`shared` are pages that the target already has; `fresh` are to be pulled into."""
+    """`shared` are pages that the target already has; `fresh` are to be pulled into, the first `kept` of which were reserved. pullers[i], a
+    worker of the target, pulls from worker sources[i]."""
 
     handoff: int
     shared: Ints32
     fresh: Ints32
+    kept: int
+    pullers: Ints64
+    sources: Ints64
+
+
+class HandoffFailed(NamedTuple):
+    """The worker's try number `attempt`, from 0 on, ended without success, and nothing of it can land any more: it pulls again, from worker
+    `source`."""
+
+    handoff: int
+    worker: int
+    attempt: int
+    source: int
+    reason: str
 
 
 class HandoffPulled(NamedTuple):
@@ -301,6 +331,19 @@ class PinsEnded(NamedTuple):
     reason: int
 
 
+class PoolDraining(NamedTuple):
+    """Nothing new comes into the pool, and what is in it goes elsewhere; `client` asked for that, and is told when it is empty. 0: no more."""
+
+    pool: int
+    client: int
+
+
+class PoolDrained(NamedTuple):
+    """No sequence and no handoff holds anything in it."""
+
+    pool: int
+
+
 # Snapshot events: they build a state from nothing.
 
 
@@ -390,10 +433,13 @@ class SequenceRestored(NamedTuple):
 
 
 class CountersRestored(NamedTuple):
-    """What a pool has counted: tokens that prompts did not compute because part of a page was copied."""
+    """What a pool has counted: tokens that prompts did not compute because part of a page was copied; pages that handoffs have moved into
+    it, and those that were there already."""
 
     pool: int
     tokens_copied: int
+    pages_moved: int
+    pages_spared: int
 
 
 class SequenceMarksRestored(NamedTuple):
@@ -410,6 +456,8 @@ class SequenceMarksRestored(NamedTuple):
 
 
 class HandoffRestored(NamedTuple):
+    """`holds`: it has a place in the target's index and pages there. pullers, sources and failures belong together."""
+
     handoff: int
     sequence: int
     namespace: bytes
@@ -418,15 +466,25 @@ class HandoffRestored(NamedTuple):
     target: int
     state: int
     version: int
+    since_ms: int
+    until: int
+    load: int
+    group: str
+    tried: Ints32
     length: int
     source_pages: Ints32
     source_indexed: int
     source_node: int
+    holds: int
     target_shared: int
     target_pages: Ints32
+    target_fresh: int
     target_node: int
+    flushed: int
+    pullers: Ints64
+    sources: Ints64
+    failures: Ints64
     pulled: Ints64
-    target_flushed: int
 
 
 class AccountRestored(NamedTuple):

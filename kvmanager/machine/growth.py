@@ -18,7 +18,6 @@ from kvmanager.machine.draft import Draft
 from kvmanager.machine.owners import note_place, note_publishable
 from kvmanager.machine.state import State
 from kvmanager.pages.accounts import Account
-from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.sequences import SLOT_MASK, Tables
 from kvmanager.pages.steady import Steady
 
@@ -43,15 +42,10 @@ def grow_all(draft: Draft, command: Step) -> bool:
             return False
         rows = ids & SLOT_MASK
     growing: dict[int, None] = {}
-    if state.handoffs or command.hand_off:
+    if state.sealed or command.hand_off:
         growing = dict.fromkeys(ids.tolist())
-        for handoff in state.handoffs.values():
-            if (
-                handoff.sequence_id in growing
-                and handoff.state is not HandoffState.PREFILLING
-                and handoff.state is not HandoffState.ABORTED
-            ):
-                return False
+        if not growing.keys().isdisjoint(state.sealed):
+            return False
     steady = _steady(state) if again and not draft.has_cuts() else _look(state, rows, counts, draft)
     if steady.left <= 0:
         return False
@@ -167,13 +161,12 @@ def grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
         keep &= ~np.isin(ids, np.fromiter(draft.closed, np.int64))
     for index in np.flatnonzero(~keep).tolist():
         refuse(index, Unknown("sequence", int(ids[index])))
-    sealed = [handoff for handoff in state.handoffs.values() if handoff.state not in (HandoffState.PREFILLING, HandoffState.ABORTED)]
-    if sealed:
-        held = {handoff.sequence_id: handoff for handoff in sealed if handoff.handoff_id not in draft.aborted}
-        for index in np.flatnonzero(keep & np.isin(ids, np.fromiter(held, np.int64))).tolist():
-            keep[index] = False
-            state_name = held[int(ids[index])].state.name.lower()
-            refuse(index, WrongState("sequence", int(ids[index]), "one that is not being handed off", state_name))
+    for index, sequence_id in enumerate(ids.tolist()) if state.sealed else ():
+        if keep[index] and sequence_id in state.sealed:
+            handoff = state.handoffs[state.sequences[sequence_id].handoff]
+            if handoff.handoff_id not in draft.aborted:
+                keep[index] = False
+                refuse(index, WrongState("sequence", sequence_id, "one that is not being handed off", handoff.state.name.lower()))
     positions = np.flatnonzero(keep)
     rows = tables.rows(ids[positions])
     lengths, have = tables.lengths[rows], tables.page_counts[rows]
@@ -231,7 +224,8 @@ def grow(draft: Draft, command: Step, refused: list[list[Any]]) -> None:
         draft.events.append(ev.GrownAgain() if same else ev.SequencesGrown(ids, counts, page_counts, np.array(pages, np.int32)))
     else:
         draft.events.append(ev.SequencesGrown(ids[keep], counts[keep], page_counts[keep], np.array(pages, np.int32)))
-    draft.grown.update(dict.fromkeys(ids[keep].tolist()) if state.handoffs or len(command.hand_off) else {})
+    if draft.begun:
+        draft.grown.update(dict.fromkeys(ids[keep].tolist()))
 
 
 def append_tokens(draft: Draft, sequence_id: int, tokens: np.ndarray) -> None:

@@ -1,4 +1,11 @@
-"""Handoffs: what the manager decides about them and what their events do. The states and books of one: `kvmanager.pages.handoff`."""
+"""Handoffs: what the manager decides about them. What their events do: `handoff_events`. The books of one: `kvmanager.pages.handoff`.
+
+A handoff that gets no further is ended by time: a moving one after `handoff_timeout_ms`, one that waits (for tokens to be written, for
+pages in the target) after `handoff_wait_ms`. A pull that failed is tried again, `handoff_tries` times in all. A handoff that names a group
+then begins anew into another pool of it; each pool is tried once.
+
+Nothing here looks at all handoffs at once: a command costs what it moves on, however many are under way.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +14,184 @@ from typing import Any
 
 import numpy as np
 
-from kvmanager.errors import InvalidValue, InvariantBroken, LayoutMismatch, SequenceTooLarge, TooMany, Unknown, WrongState
+from kvmanager.errors import (
+    InvalidValue,
+    KVError,
+    LayoutMismatch,
+    OutOfPages,
+    OverQuota,
+    SequenceTooLarge,
+    TooMany,
+    Unknown,
+    WrongState,
+)
 from kvmanager.machine import events as ev
 from kvmanager.machine import lives
 from kvmanager.machine.admission import check_ready
-from kvmanager.machine.clients import notify
+from kvmanager.machine.commands import HandOff
 from kvmanager.machine.draft import Draft
-from kvmanager.machine.forks import leave_family
-from kvmanager.machine.owners import let_go, note_place, note_publishable
-from kvmanager.machine.state import Notice, State
-from kvmanager.pages.handoff import Handoff, HandoffState
-from kvmanager.pages.prefix import TOKEN_BYTES
+from kvmanager.machine.state import State
+from kvmanager.pages.handoff import ANY_GROUP, Handoff, HandoffState, content_of, source_of
+from kvmanager.pages.pool import Pool
+from kvmanager.pages.prefix import TOKEN_BYTES, Match
+from kvmanager.pages.sequences import Sequence
+from kvmanager.tables import div_ceil
 
-__all__ = [
-    "abort",
-    "abort_asked",
-    "apply_aborted",
-    "apply_begun",
-    "apply_ended",
-    "apply_moving",
-    "apply_pulled",
-    "apply_reserving",
-    "apply_resident",
-    "apply_sealed",
-    "hand_off",
-    "list_handoffs",
-    "pulled",
-    "settle_handoffs",
-]
+__all__ = ["abort", "abort_asked", "expire", "give_up", "hand_off", "list_handoffs", "pull_failed", "pulled", "settle_handoffs"]
+
+NO_POOLS = np.zeros(0, np.int32)
+QUEUE_LOOKS = 16  # handoffs of a full pool's queue that one command tries: those at its head, past tenants that are at their quota
+REASON_MAX = 300
 
 
-def hand_off(draft: Draft, sequence_id: int, target_name: str) -> int:
+# --- beginning -------------------------------------------------------------------------------------------------------------------
+
+
+def hand_off(draft: Draft, item: HandOff) -> list[Any]:
+    """[handoff id, target pool]. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, SequenceTooLarge, PoolNotReady, PoolDraining,
+    TooMany; OutOfPages and OverQuota if pages are to be reserved, OverQuota too if the quota can never suffice."""
     state = draft.state
-    if not draft.alive(sequence_id):
-        raise Unknown("sequence", sequence_id)
-    sequence = state.sequences[sequence_id]
-    begun = draft.begun
-    active = sequence.handoff if sequence.handoff not in draft.aborted else 0
-    if active or any(event.sequence == sequence_id for event in begun):
-        raise WrongState("sequence", sequence_id, "one without an active handoff", f"handoff {active}")
-    target, source = state.pool(target_name), state.pools[sequence.pool]
-    if target is source:
-        raise InvalidValue("step.hand_off", f"a pool other than {source.name}, where the sequence is", target.name)
-    if target.page_size != source.page_size:
-        raise InvalidValue("step.hand_off", f"a pool of page_size {source.page_size}", f"{target.name} with {target.page_size}")
-    if source.layout and target.layout and source.layout != target.layout:
-        raise LayoutMismatch(f"handoff from pool {source.name} to {target.name}", source.layout, target.layout)
-    pages = int(state.tables.page_counts[state.tables.row(sequence_id)])
-    if pages > target.num_pages:
-        raise SequenceTooLarge(target.name, pages, target.num_pages)
-    check_ready(draft, target)
-    if len(state.handoffs) + len(begun) >= state.config.handoffs_max:
+    if not draft.alive(item.sequence):
+        raise Unknown("sequence", item.sequence)
+    sequence = state.sequences[item.sequence]
+    active = draft.active_handoff(sequence)
+    if active:
+        raise WrongState("sequence", item.sequence, "one without an active handoff", f"handoff {active}")
+    if item.pool:
+        targets = [state.pool(item.pool)]
+        if targets[0].index == sequence.pool:
+            raise InvalidValue("step.hand_off", f"a pool other than {item.pool}, where the sequence is", item.pool)
+    else:
+        targets = others(state, sequence, item.group)
+    until = _known(draft, sequence) if item.reserve else 0
+    return begin(draft, sequence, targets, item.group, reserve=item.reserve, until=until)
+
+
+def others(state: State, sequence: Sequence, group: str) -> list[Pool]:
+    """The pools of a group but the one where the sequence is. Raises Unknown."""
+    among = state.pools if group == ANY_GROUP else state.groups.get(group, [])
+    if not among:
+        raise Unknown("group", group)
+    return [pool for pool in among if pool.index != sequence.pool]
+
+
+def begin(
+    draft: Draft,
+    sequence: Sequence,
+    targets: list[Pool],
+    group: str,
+    *,
+    reserve: bool = False,
+    until: int = 0,
+    tried: tuple[int, ...] = (),
+    cause: str = "",
+) -> list[Any]:
+    """Log the beginning of a handoff into the best of `targets`. Raises why not: for several, why not into the one that suits best."""
+    state = draft.state
+    fitting: list[Pool] = []
+    why: KVError | None = None
+    for target in targets:
+        try:
+            _check_fits(draft, sequence, target, reserve)
+            fitting.append(target)
+        except KVError as error:
+            why = why or error
+    if not fitting:
+        raise why or WrongState("sequence", sequence.sequence_id, "another pool that it may go to", "none in the group")
+    if len(state.handoffs) + len(draft.begun) >= state.config.handoffs_max:
         raise TooMany("handoffs", state.config.handoffs_max)
-    handoff_id = state.next_handoff + len(begun)
-    event = ev.HandoffBegun(handoff_id, sequence_id, target.index)
-    begun.append(event)
+    target, found = _choose(draft, sequence, fitting, reserve)
+    known = _known(draft, sequence)
+    handoff_id = state.next_handoff + len(draft.begun)
+    event = ev.HandoffBegun(handoff_id, sequence.sequence_id, target.index, until, group, np.array(tried, np.int32), cause)
+    draft.begun[sequence.sequence_id] = event
     draft.events.append(event)
-    return handoff_id
+    draft.incoming[target.index] = draft.incoming.get(target.index, 0) + known
+    if reserve:
+        pages = draft.pool(target.index)
+        pages.pin(found.nodes, found.last_pages)
+        shared = found.pages()
+        fresh = pages.take(_total(draft, sequence, target, True) - len(shared), pages.account(sequence.namespace))
+        draft.events.append(ev.HandoffReserved(handoff_id, shared, fresh))
+        draft.reserved[handoff_id] = (shared, fresh)
+    return [handoff_id, target.name]
+
+
+def _check_fits(draft: Draft, sequence: Sequence, target: Pool, reserve: bool) -> None:
+    """Raises unless the sequence could ever be in that pool, and its workers are there."""
+    source = draft.state.pools[sequence.pool]
+    one, other = source.layout, target.layout
+    if one and other and (one != other if source.page_size == target.page_size else content_of(one) != content_of(other)):
+        raise LayoutMismatch(f"handoff from pool {source.name} to {target.name}", one, other)
+    total = _total(draft, sequence, target, reserve)
+    if total > target.num_pages:
+        raise SequenceTooLarge(target.name, total, target.num_pages)
+    check_ready(draft, target)
+    if refusal := _never(draft, sequence, target, total):
+        raise refusal
+
+
+def _never(draft: Draft, sequence: Sequence, target: Pool, total: int) -> KVError | None:
+    """Why a sequence of so many pages can never be in the pool, however long it waits; None if it can."""
+    if total > target.num_pages:
+        return SequenceTooLarge(target.name, total, target.num_pages)
+    account = draft.pool(target.index).account(sequence.namespace)
+    if account is not None and total > account.quota:
+        return OverQuota(target.name, account.tenant, total, account.quota)
+    return None
+
+
+def _total(draft: Draft, sequence: Sequence, target: Pool, reserve: bool = False) -> int:
+    """Pages that the sequence needs in the pool: for what it has, and if they are to be reserved, for all tokens known of it."""
+    tables, source = draft.state.tables, draft.state.pools[sequence.pool]
+    row = tables.row(sequence.sequence_id)
+    if source.page_size == target.page_size:
+        cut = draft.cut.get(sequence.sequence_id)
+        total = int(tables.page_counts[row]) if cut is None else cut.page_count
+    else:
+        total = div_ceil(max(draft.length(sequence.sequence_id), sequence.reserved * source.page_size), target.page_size)
+    return max(total, div_ceil(_known(draft, sequence), target.page_size)) if reserve else total
+
+
+def _known(draft: Draft, sequence: Sequence) -> int:
+    """Leading tokens whose ids are known, but for those that this command tells."""
+    return min(draft.known(sequence), len(sequence.tokens) // TOKEN_BYTES)
+
+
+def _match(draft: Draft, sequence: Sequence, target: Pool, tokens: int) -> Match:
+    data = bytes(sequence.tokens[: tokens * TOKEN_BYTES])
+    return draft.pool(target.index).match(sequence.namespace, data, tokens // target.page_size)
+
+
+def _choose(draft: Draft, sequence: Sequence, targets: list[Pool], reserve: bool) -> tuple[Pool, Match]:
+    """By placement's score, pools with room for it now first. Raises OutOfPages or OverQuota if pages are to be reserved, and none has room."""
+    config, known = draft.state.config, _known(draft, sequence)
+    until = known if reserve else min(draft.length(sequence.sequence_id), known)
+    looks: list[tuple[int, int, Pool, Match]] = []
+    refusals: list[KVError] = []
+    for target in targets:
+        if len(targets) == 1 and not reserve:
+            return target, Match([], 0, 0)
+        found = _match(draft, sequence, target, until)
+        pages = draft.pool(target.index)
+        account = pages.account(sequence.namespace)
+        wanted = _total(draft, sequence, target, reserve) - found.page_count()
+        pinned = pages.pin(found.nodes, found.last_pages)
+        full = pages.can_take(wanted, account) < wanted
+        if full:
+            refusals.append(pages.refusal(wanted, account))
+        pages.unpin(pinned)
+        load = target.load + draft.load_change.get(target.index, 0)
+        load += draft.state.handoffs.incoming.get(target.index, 0) + draft.incoming.get(target.index, 0)
+        cached = found.page_count() * target.page_size
+        looks.append((int(full), config.placement_load_weight * load - config.placement_match_weight * cached, target, found))
+    looks.sort(key=lambda item: item[:2])  # stable: equal ones stay in the order of the config
+    if reserve and looks[0][0]:
+        raise refusals[0]
+    return looks[0][2], looks[0][3]
+
+
+# --- ending ----------------------------------------------------------------------------------------------------------------------
 
 
 def abort_asked(draft: Draft, handoff_id: int) -> None:
@@ -75,13 +203,58 @@ def abort_asked(draft: Draft, handoff_id: int) -> None:
 
 def abort(draft: Draft, handoff_id: int, code: str, reason: str) -> None:
     draft.aborted[handoff_id] = None
-    draft.events.append(ev.HandoffAborted(handoff_id, code, reason))
+    draft.events.append(ev.HandoffAborted(handoff_id, code, reason[:REASON_MAX]))
+
+
+def give_up(draft: Draft, handoff: Handoff, code: str, reason: str) -> None:
+    """The target has failed it: abort it, and if it names a group, begin anew with another pool at the end of this command."""
+    abort(draft, handoff.handoff_id, code, reason)
+    if handoff.group:
+        draft.redirected[handoff.handoff_id] = code
+
+
+def expire(draft: Draft, now_ms: int) -> None:
+    """Give up what got no further for too long. The one that has waited longest comes first in each list."""
+    handoffs, config = draft.state.handoffs, draft.state.config
+    for among, limit in ((handoffs.moving, config.handoff_timeout_ms), (handoffs.waiting, config.handoff_wait_ms)):
+        late: list[int] = []
+        for number in among if limit else ():
+            if now_ms - handoffs[number].since_ms <= limit:
+                break
+            if number not in draft.aborted:  # with its pool, in this very command
+                late.append(number)
+        for number in sorted(late):
+            handoff = handoffs[number]
+            what = f"{handoff.state.name.lower()} for more than {limit} ms without getting further"
+            missing = [draft.state.workers[each].name for each in handoff.sources if each not in handoff.pulled]
+            give_up(draft, handoff, "timed_out", what + (f": not pulled by {', '.join(missing)}" if missing else ""))
+
+
+def is_overdue(state: State, now_ms: int) -> bool:
+    """Whether `expire` has something to do."""
+    handoffs, config = state.handoffs, state.config
+    for among, limit in ((handoffs.moving, config.handoff_timeout_ms), (handoffs.waiting, config.handoff_wait_ms)):
+        first = next(iter(among), 0)
+        if limit and first and now_ms - handoffs[first].since_ms > limit:
+            return True
+    return False
+
+
+# --- what workers report ---------------------------------------------------------------------------------------------------------
+
+
+def _pulling(draft: Draft, handoff_id: int, worker: int) -> Handoff | None:
+    """The handoff that the worker pulls for. None if it is over, or was never this worker's: such a report changes nothing."""
+    handoff = draft.state.handoffs.get(handoff_id)
+    if handoff is None or handoff.state is not HandoffState.MOVING or handoff_id in draft.aborted:
+        return None
+    return handoff if worker in handoff.sources and worker not in handoff.pulled else None
 
 
 def pulled(draft: Draft, handoff_id: int, worker: int, pool: int) -> None:
-    """A worker reports its pull. A report for a handoff that is over, or was never this worker's, changes nothing."""
-    handoff = draft.state.handoffs.get(handoff_id)
-    if handoff is None or handoff.state is not HandoffState.MOVING or handoff.target != pool or worker in handoff.pulled:
+    """A worker reports its pull."""
+    handoff = _pulling(draft, handoff_id, worker)
+    if handoff is None:
         return
     draft.events.append(ev.HandoffPulled(handoff_id, worker))
     everywhere = all(each in handoff.pulled or each == worker for each in draft.live_workers(pool))
@@ -89,57 +262,159 @@ def pulled(draft: Draft, handoff_id: int, worker: int, pool: int) -> None:
         draft.events.append(ev.HandoffResident(handoff_id))
 
 
+def pull_failed(draft: Draft, handoff_id: int, attempt: int, worker: int, reason: str) -> None:
+    """A worker reports that a try of its pull has failed, for good: nothing of it can land any more. Only the current try counts."""
+    handoff = _pulling(draft, handoff_id, worker)
+    if handoff is None or attempt != handoff.failures.get(worker, 0):
+        return
+    tries = draft.state.config.handoff_tries
+    if attempt + 1 >= tries:
+        give_up(draft, handoff, "pull_failed", f"worker {draft.state.workers[worker].name}, {tries} tries: {reason}")
+        return
+    targets, sources = list(handoff.sources), draft.live_workers(handoff.source)
+    source = sources[source_of(targets.index(worker), len(targets), len(sources), handoff_id + attempt + 1)]
+    draft.events.append(ev.HandoffFailed(handoff_id, worker, attempt, source, reason[:REASON_MAX]))
+
+
+# --- going on --------------------------------------------------------------------------------------------------------------------
+
+
 def settle_handoffs(draft: Draft) -> None:
     """Handoffs go on as far as they can; aborted ones end once nobody can be reading for them."""
-    state = draft.state
-    if not state.handoffs and not draft.begun:
+    handoffs = draft.state.handoffs
+    if not handoffs and not draft.begun:
         return
-    for handoff in state.handoffs.values():
-        if handoff.state is HandoffState.ABORTED and draft.acked(handoff.target) >= handoff.version:
-            draft.events.append(ev.HandoffEnded(handoff.handoff_id))
+    for target, aborted in handoffs.aborted.items():
+        ended: list[int] = []
+        for number, version in aborted.items():
+            if version > draft.acked(target):
+                break
+            ended.append(number)
+        draft.events += [ev.HandoffEnded(number) for number in sorted(ended)]
     lives.settle_pulled(draft)
-    waiting = (HandoffState.PREFILLING, HandoffState.SEALED, HandoffState.RESERVING)
-    for handoff in state.handoffs.values():
-        if handoff.state in waiting and handoff.handoff_id not in draft.aborted:
-            _advance(draft, handoff.handoff_id, handoff.sequence_id, handoff.target, handoff.state)
-    for event in draft.begun:
-        _advance(draft, event.handoff, event.sequence, event.target, HandoffState.PREFILLING)
+    due = dict(handoffs.sealed)
+    for sequence_id in draft.written:
+        number = draft.state.sequences[sequence_id].handoff
+        if number and handoffs[number].state is HandoffState.PREFILLING:
+            due[number] = None
+    for number in sorted(due):
+        if number not in draft.aborted:
+            handoff = handoffs[number]
+            _advance(draft, number, handoff.sequence_id, handoff.target, handoff.state, handoff)
+    for target, queue in handoffs.reserving.items():
+        _serve(draft, target, queue)
+    for number, cause in list(draft.redirected.items()):
+        _redirect(draft, handoffs[number], cause)
+    for event in list(draft.begun.values()):
+        _advance(draft, event.handoff, event.sequence, event.target, HandoffState.PREFILLING, None)
 
 
-def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: HandoffState) -> None:
-    """Carry a handoff as far as it goes now: prefilling to sealed to reserving to moving."""
+def _serve(draft: Draft, target: int, queue: list[int]) -> None:
+    """The queue of a pool that was full: whoever came first gets pages first. One tenant's quota holds up nobody else."""
+    for number in queue[:QUEUE_LOOKS]:
+        if number in draft.aborted:
+            continue
+        handoff = draft.state.handoffs[number]
+        refusal = _advance(draft, number, handoff.sequence_id, target, handoff.state, handoff)
+        if isinstance(refusal, OutOfPages):
+            return
+
+
+def _redirect(draft: Draft, handoff: Handoff, cause: str) -> None:
+    """Begin anew with another pool of the group, if there is one."""
+    state = draft.state
+    if not draft.alive(handoff.sequence_id):
+        return
+    sequence = state.sequences[handoff.sequence_id]
+    if draft.active_handoff(sequence):
+        return
+    tried = (*handoff.tried, handoff.target)
+    targets = [pool for pool in others(state, sequence, handoff.group) if pool.index not in tried]
+    try:
+        begin(draft, sequence, targets, handoff.group, reserve=handoff.until > 0, until=handoff.until, tried=tried, cause=cause)
+    except KVError:
+        return  # its owner has been told that the first one failed, and asks again as it sees fit
+
+
+def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: HandoffState, handoff: Handoff | None) -> KVError | None:
+    """Carry a handoff as far as it goes now: prefilling to sealed to reserving to moving. Gives why there are no pages, if that is it.
+
+    `handoff` is None for one that begins in this very command.
+    """
     state = draft.state
     sequence = state.sequences[sequence_id]
     if sequence_id in draft.cut:
-        return  # the next acknowledgement tells how much of it is written
+        return None  # the next acknowledgement tells how much of it is written
+    length = state.tables.length(sequence_id)
     if at is HandoffState.PREFILLING:
-        if sequence_id in draft.grown or draft.written_tokens(sequence) < state.tables.length(sequence_id):
-            return
+        until = handoff.until if handoff is not None else draft.begun[sequence_id].until
+        if sequence_id in draft.grown or draft.written_tokens(sequence) < length or length < until:
+            return None
         draft.events.append(ev.HandoffSealed(handoff_id))
     if not lives.is_current(draft, sequence.pool):
-        return
+        return None
     if draft.published_pages(sequence) < sequence.shared and not sequence.unlisted:
-        return  # a fork may publish these pages for both, and a handoff's pages have to stay as they are: it will be soon
-    length = state.tables.length(sequence_id)
+        return None  # a fork may publish these pages for both, and a handoff's pages have to stay as they are: it will be soon
     pool = state.pools[target]
-    total = int(state.tables.page_counts[state.tables.row(sequence_id)])
-    if total > pool.num_pages:
-        error = SequenceTooLarge(pool.name, total, pool.num_pages)  # it grew after the handoff was asked for
-        abort(draft, handoff_id, error.code, error.text)
-        return
+    total = _total(draft, sequence, pool)
+    if refusal := _never(draft, sequence, pool, total):  # it grew after the handoff was asked for, or a quota was set
+        return _cannot(draft, handoff, handoff_id, refusal)
     pages = draft.pool(target)
-    tokens = bytes(sequence.tokens[: length * TOKEN_BYTES])
-    found = pages.match(sequence.namespace, tokens, length // pool.page_size)
+    found = _match(draft, sequence, pool, min(length, len(sequence.tokens) // TOKEN_BYTES))
     shared = found.pages()
+    reserved = _reserved(draft, handoff, handoff_id)
+    kept = reserved[: total - len(shared)]
     pinned = pages.pin(found.nodes, found.last_pages)
     account = pages.account(sequence.namespace)
-    if pages.can_take(total - len(shared), account) < total - len(shared):
+    more = total - len(shared) - len(kept)
+    if pages.can_take(more, account) < more:
+        refusal = pages.refusal(more, account)
         pages.unpin(pinned)
-        if at is not HandoffState.RESERVING:
-            draft.events.append(ev.HandoffReserving(handoff_id))
-        return
-    fresh = pages.take(total - len(shared), account)
-    draft.events.append(ev.HandoffMoving(handoff_id, shared, fresh))
+        if at is HandoffState.RESERVING:
+            return refusal
+        if handoff is not None and handoff.group and _room_elsewhere(draft, handoff, sequence):
+            give_up(draft, handoff, refusal.code, refusal.text)
+            return refusal
+        draft.events.append(ev.HandoffReserving(handoff_id))
+        return refusal
+    fresh = np.concatenate([kept, pages.take(more, account)])
+    pullers, sources = draft.live_workers(target), draft.live_workers(sequence.pool)
+    chosen = [sources[source_of(rank, len(pullers), len(sources), handoff_id)] for rank in range(len(pullers))]
+    draft.events.append(ev.HandoffMoving(handoff_id, shared, fresh, len(kept), np.array(pullers, np.int64), np.array(chosen, np.int64)))
+    return None
+
+
+def _reserved(draft: Draft, handoff: Handoff | None, handoff_id: int) -> np.ndarray:
+    """Pages of the target that were taken for the handoff before it moves."""
+    if handoff is not None:
+        return np.array(handoff.target_pages[handoff.target_fresh :], np.int32)
+    return draft.reserved[handoff_id][1] if handoff_id in draft.reserved else NO_POOLS
+
+
+def _cannot(draft: Draft, handoff: Handoff | None, handoff_id: int, refusal: KVError) -> KVError:
+    if handoff is not None:
+        give_up(draft, handoff, refusal.code, refusal.text)
+    else:
+        abort(draft, handoff_id, refusal.code, refusal.text)
+    return refusal
+
+
+def _room_elsewhere(draft: Draft, handoff: Handoff, sequence: Sequence) -> bool:
+    """Whether another pool of the group has room now, so that nothing has to wait for this one."""
+    for pool in others(draft.state, sequence, handoff.group):
+        if pool.index == handoff.target or pool.index in handoff.tried:
+            continue
+        try:
+            _check_fits(draft, sequence, pool, False)
+        except KVError:
+            continue
+        pages, wanted = draft.pool(pool.index), _total(draft, sequence, pool)
+        if pages.can_take(wanted, pages.account(sequence.namespace)) >= wanted:
+            return True
+    return False
+
+
+# --- queries ---------------------------------------------------------------------------------------------------------------------
 
 
 def list_handoffs(state: State, limit: int) -> list[dict[str, Any]]:
@@ -155,118 +430,8 @@ def list_handoffs(state: State, limit: int) -> list[dict[str, Any]]:
             "pages": len(handoff.target_pages),
             "pages_shared": handoff.target_shared,
             "pulled": len(handoff.pulled),
+            "failed": sum(handoff.failures.values()),
             "age": state.version - handoff.version,
         }
         for handoff in islice(state.handoffs.values(), limit)
     ]
-
-
-# --- apply -----------------------------------------------------------------------------------------------------------------------
-
-
-def apply_begun(state: State, event: ev.HandoffBegun) -> None:
-    sequence = state.sequences[event.sequence]
-    state.handoffs[event.handoff] = Handoff(
-        event.handoff,
-        event.sequence,
-        sequence.namespace,
-        sequence.owner,
-        sequence.pool,
-        event.target,
-        HandoffState.PREFILLING,
-        state.version,
-    )
-    state.next_handoff = event.handoff + 1
-    sequence.handoff = event.handoff
-
-
-def _turn(state: State, handoff_id: int, to: HandoffState) -> Handoff:
-    handoff = state.handoffs[handoff_id]
-    handoff.state, handoff.version = to, state.version
-    return handoff
-
-
-def apply_sealed(state: State, event: ev.HandoffSealed) -> None:
-    handoff = _turn(state, event.handoff, HandoffState.SEALED)
-    state.sequences[handoff.sequence_id].sealed = True
-    handoff.length = state.tables.length(handoff.sequence_id)
-
-
-def apply_reserving(state: State, event: ev.HandoffReserving) -> None:
-    _turn(state, event.handoff, HandoffState.RESERVING)
-
-
-def apply_moving(state: State, event: ev.HandoffMoving) -> None:
-    handoff = _turn(state, event.handoff, HandoffState.MOVING)
-    sequence = state.sequences[handoff.sequence_id]
-    source, target = state.pools[handoff.source], state.pools[handoff.target]
-    # Both sides get an owner of their own: whatever happens to the sequence, these pages stay where they are.
-    handoff.source_pages = state.tables.pages_of(handoff.sequence_id).tolist()
-    handoff.source_indexed, handoff.source_node = sequence.published, sequence.node
-    source.share(handoff.source_pages)
-    source.prefix.hold(sequence.node, state.version, sequence.priority)
-    sequence.holds += 1
-    handoff.target_node = target.prefix.acquire(handoff.namespace, event.shared, state.version, sequence.priority)
-    target.share(event.shared)
-    target.take(event.fresh, handoff.target_node.account)
-    handoff.target_shared, handoff.target_pages = len(event.shared), event.shared.tolist() + event.fresh.tolist()
-
-
-def apply_pulled(state: State, event: ev.HandoffPulled) -> None:
-    state.handoffs[event.handoff].pulled[event.worker] = None
-
-
-def _let_source_go(state: State, handoff: Handoff) -> None:
-    let_go(state, state.pools[handoff.source], handoff.namespace, handoff.source_pages, handoff.source_indexed, handoff.source_node)
-    sequence = state.sequences.get(handoff.sequence_id)
-    if sequence is not None:
-        sequence.holds -= 1
-
-
-def apply_resident(state: State, event: ev.HandoffResident) -> None:
-    handoff = state.handoffs.pop(event.handoff)
-    sequence = state.sequences[handoff.sequence_id]
-    source, target = state.pools[handoff.source], state.pools[handoff.target]
-    _let_source_go(state, handoff)
-    let_go(state, source, sequence.namespace, state.tables.pages_of(handoff.sequence_id), sequence.published, sequence.node)
-    source.prefix.leave(sequence.namespace)  # the target's namespace was entered at `moving`
-    source.publishable.pop(sequence.sequence_id, None)
-    source.inflight.forget(sequence.sequence_id)
-    leave_family(state, sequence)
-    sequence.cuts = []  # what the source's workers say counts no longer
-    source.arrivals.remove(sequence.sequence_id, sequence.priority)
-    target.arrivals.add(sequence.sequence_id, sequence.priority)
-    source.load -= len(sequence.tokens) // TOKEN_BYTES
-    target.load += len(sequence.tokens) // TOKEN_BYTES
-    state.tables.place(sequence.sequence_id, handoff.target, handoff.length, np.array(handoff.target_pages, np.int32))
-    if handoff.target_node is None:
-        raise InvariantBroken(f"handoff {event.handoff}: resident without ever having moved")
-    sequence.pool, sequence.node, sequence.published = handoff.target, handoff.target_node, handoff.target_shared
-    sequence.written = dict.fromkeys(handoff.pulled, handoff.length)
-    sequence.handoff, sequence.sealed = 0, False
-    if handoff.target_flushed:
-        sequence.shared, sequence.unlisted = handoff.target_flushed, True
-    note_publishable(state, sequence)
-    note_place(state, sequence)
-    notify(state, handoff.owner, Notice("resident", handoff.sequence_id, event.handoff, target.name))
-
-
-def apply_aborted(state: State, event: ev.HandoffAborted) -> None:
-    handoff = state.handoffs[event.handoff]
-    was_moving = handoff.state is HandoffState.MOVING
-    _turn(state, event.handoff, HandoffState.ABORTED)
-    sequence = state.sequences.get(handoff.sequence_id)
-    if sequence is not None:
-        sequence.handoff, sequence.sealed = 0, False
-    notify(state, handoff.owner, Notice("aborted", handoff.sequence_id, event.handoff, event.reason, event.code))
-    if was_moving:
-        target = state.pools[handoff.target]
-        let_go(state, target, handoff.namespace, handoff.target_pages, handoff.target_shared, handoff.target_node)
-        target.prefix.leave(handoff.namespace)
-        handoff.target_pages, handoff.target_shared, handoff.target_flushed, handoff.target_node = [], 0, 0, None
-    else:
-        del state.handoffs[event.handoff]  # nobody was told to read anything
-
-
-def apply_ended(state: State, event: ev.HandoffEnded) -> None:
-    _let_source_go(state, state.handoffs.pop(event.handoff))

@@ -17,7 +17,6 @@ from kvmanager.machine import events as ev
 from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.state import State
-from kvmanager.pages.handoff import HandoffState
 
 __all__ = [
     "LIVES_MAX",
@@ -110,6 +109,9 @@ def epoch_begun(state: State, event: ev.EpochBegun) -> None:
             held.deadline_version += state.version - event.last  # versions that nobody lived through
     have = len(state.free_slots) + len(state.sequences)
     state.free_slots[:0] = range(event.slots - 1, have - 1, -1)
+    for handoff in list(state.handoffs.values()):
+        handoff.since_ms = state.now_ms  # as with leases: nobody got further while there was no manager
+    state.handoffs.restored()
     for pool in state.pools:
         pool.hold_free(state.version)
     for client in state.clients.values():
@@ -146,10 +148,13 @@ def is_current(draft: Draft, pool: int) -> bool:
 def settle_pulled(draft: Draft) -> None:
     """Handoffs that were pulled before their source acknowledged this life are resident once it has."""
     state = draft.state
-    if not state.begun:
+    if not state.begun or not (draft.acks or draft.dead):
         return
-    for handoff in state.handoffs.values():
-        if handoff.state is not HandoffState.MOVING or not handoff.pulled or handoff.handoff_id in draft.aborted:
+    if not any(state.acked(pool.index) < state.begun <= draft.acked(pool.index) for pool in state.pools):
+        return
+    for number in sorted(state.handoffs.moving):
+        handoff = state.handoffs[number]
+        if not handoff.pulled or number in draft.aborted:
             continue
         if all(each in handoff.pulled for each in draft.live_workers(handoff.target)) and is_current(draft, handoff.source):
             draft.events.append(ev.HandoffResident(handoff.handoff_id))

@@ -110,6 +110,8 @@ def _sequence_restored(state: State, event: ev.SequenceRestored, restoring: Rest
         event.holds,
         event.priority,
     )
+    if event.sealed:
+        state.sealed[event.sequence] = None
     state.tables.open(event.sequence, event.pool, event.length, event.pages)
     pool.share(event.pages)
     pool.load += len(event.tokens) // TOKEN_BYTES
@@ -128,7 +130,8 @@ def _in_flight_restored(state: State, event: ev.InFlightRestored, _: Restoring) 
 
 
 def _counters_restored(state: State, event: ev.CountersRestored, _: Restoring) -> None:
-    state.pools[event.pool].tokens_copied = event.tokens_copied
+    pool = state.pools[event.pool]
+    pool.tokens_copied, pool.pages_moved, pool.pages_spared = event.tokens_copied, event.pages_moved, event.pages_spared
 
 
 def _sequence_marks_restored(state: State, event: ev.SequenceMarksRestored, _: Restoring) -> None:
@@ -150,25 +153,35 @@ def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restor
         event.target,
         HandoffState(event.state),
         event.version,
+        event.since_ms,
+        event.until,
+        event.load,
+        event.group,
+        tuple(event.tried.tolist()),
         event.length,
         event.source_pages.tolist(),
         event.source_indexed,
         None,
         event.target_shared,
         event.target_pages.tolist(),
+        event.target_fresh,
         None,
-        dict.fromkeys(event.pulled.tolist()),
-        event.target_flushed,
+        bool(event.flushed),
     )
-    state.handoffs[event.handoff] = handoff
+    columns = event.pullers.tolist(), event.sources.tolist(), event.failures.tolist()
+    handoff.sources = dict(zip(*columns[:2], strict=True))
+    handoff.failures = {worker: failed for worker, failed in zip(columns[0], columns[2], strict=True) if failed}
+    handoff.pulled = dict.fromkeys(event.pulled.tolist())
+    state.handoffs.begin(handoff)
     if handoff.source_pages:
         state.pools[event.source].share(handoff.source_pages)
         if event.source_node:
             handoff.source_node = restoring.nodes[event.source][event.source_node - 1]
-    if handoff.state is HandoffState.MOVING:  # it may move no page at all, and has entered the target's namespace all the same
+    if event.holds:  # it may hold no page at all, and has entered the target's namespace all the same
         state.pools[event.target].share(handoff.target_pages)
         state.pools[event.target].prefix.enter(event.namespace)
         handoff.target_node = _find_node(state, restoring, event.target, event.target_node, event.namespace)
+    state.handoffs.restored()
 
 
 def _policy_restored(state: State, event: ev.PolicyRestored, _: Restoring) -> None:

@@ -52,8 +52,13 @@ def snapshot(state: State, *, with_index: bool = True) -> EventBatch:
             events += _index_events(pool, numbered)
         numbers.append(numbered)
         events.append(ev.LruRestored(pool.index, np.array([numbered[node] for node in pool.prefix.order] if with_index else [], np.int64)))
-        if pool.tokens_copied:
-            events.append(ev.CountersRestored(pool.index, pool.tokens_copied))
+        counters = pool.tokens_copied, pool.pages_moved, pool.pages_spared
+        if any(counters):
+            events.append(ev.CountersRestored(pool.index, *counters))
+        if pool.draining:
+            events.append(ev.PoolDraining(pool.index, pool.draining))
+        if pool.drained:
+            events.append(ev.PoolDrained(pool.index))
         entries = pool.quarantine
         events.append(
             ev.PoolRestored(
@@ -118,15 +123,25 @@ def snapshot(state: State, *, with_index: bool = True) -> EventBatch:
                 handoff.target,
                 int(handoff.state),
                 handoff.version,
+                handoff.since_ms,
+                handoff.until,
+                handoff.load,
+                handoff.group,
+                np.array(handoff.tried, np.int32),
                 handoff.length,
                 np.array(handoff.source_pages, np.int32),
                 handoff.source_indexed,
                 numbers[handoff.source].get(source_node, 0) if source_node is not None else 0,
+                int(target_node is not None),
                 handoff.target_shared,
                 np.array(handoff.target_pages, np.int32),
+                handoff.target_fresh,
                 numbers[handoff.target].get(target_node, 0) if target_node is not None else 0,
+                int(handoff.flushed),
+                np.array(list(handoff.sources), np.int64),
+                np.array(list(handoff.sources.values()), np.int64),
+                np.array([handoff.failures.get(worker, 0) for worker in handoff.sources], np.int64),
                 np.array(list(handoff.pulled), np.int64),
-                handoff.target_flushed,
             )
         )
     for prompt in state.waiting.values() if with_index else ():

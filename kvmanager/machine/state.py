@@ -17,7 +17,7 @@ from kvmanager.config import ManagerConfig
 from kvmanager.errors import Fenced, Unknown
 from kvmanager.pages.accounts import tenant_of
 from kvmanager.pages.extras import Extras
-from kvmanager.pages.handoff import Handoff
+from kvmanager.pages.handoff import Handoff, Handoffs
 from kvmanager.pages.pool import Pool
 from kvmanager.pages.prefix import TOKEN_BYTES, Node
 from kvmanager.pages.queue_hint import Prompt
@@ -32,10 +32,12 @@ class Notice(NamedTuple):
     """News for the client that owns a sequence; handed over with its next reply.
 
     kind: "lost" (the pool's memory is gone, open it again elsewhere), "resident" (decode it in the target pool now), "aborted"
-    (the handoff failed; the sequence is still in its source pool unless it was lost too), "dropped" (too many waited to be fetched: as
-    many as `handoff` says, the oldest, are gone).
-    reason: for people; of "resident" the target pool's name. code: for programs, "" for resident, else "lost", "closed", "asked" (to
-    abort), or the code of an error: "sequence_too_large" says that trying again would not help.
+    (the handoff failed; the sequence is still in its source pool unless it was lost too), "moving" (the manager has begun a handoff of its
+    own: the pool drains, or the handoff before it failed), "drained" (nothing is left in the pool), "dropped" (too many waited to be
+    fetched: as many as `handoff` says, the oldest, are gone).
+    reason: for people; of "resident" and "moving" the target pool's name, of "drained" the pool's. code: for programs, "" for resident, else
+    "lost", "closed", "asked" (to abort), "timed_out", "pull_failed", "drain", or the code of an error: "sequence_too_large" and
+    "over_quota" say that trying again would not help. moved, spared: of "resident" the pages that moved, and those that the target had.
     """
 
     kind: str
@@ -43,6 +45,8 @@ class Notice(NamedTuple):
     handoff: int
     reason: str
     code: str = ""
+    moved: int = 0
+    spared: int = 0
 
 
 @dataclass(slots=True)
@@ -113,7 +117,8 @@ class State:
         self.families: dict[int, dict[int, None]] = {}  # sequences forked from each other
         self.workers: dict[int, Worker] = {}
         self.pool_workers: list[list[int]] = []
-        self.handoffs: dict[int, Handoff] = {}
+        self.handoffs = Handoffs()
+        self.sealed: dict[int, None] = {}  # sequences that do not grow, because a handoff reads them or will
         self.clients: dict[int, Client] = {}
         self.waiting: OrderedDict[int, Prompt] = OrderedDict()  # the scheduler's queue, nearest first
         self.waiting_tokens = 0

@@ -140,7 +140,7 @@ def apply_flushed(state: State, event: ev.TenantFlushed) -> None:
             if handoff.source == pool.index and handoff.source_node is not None:
                 handoff.source_node, handoff.source_indexed = None, 0
             if handoff.target == pool.index and handoff.target_node is not None:
-                handoff.target_flushed = max(handoff.target_flushed, handoff.target_shared)
+                handoff.flushed |= handoff.target_shared > 0
                 handoff.target_node, handoff.target_shared = roots[handoff.namespace], 0
 
 

@@ -11,7 +11,7 @@ from kvmanager.machine import events as ev
 from kvmanager.machine import lives, pins
 from kvmanager.machine.commands import Ack, Join, WorkerGone
 from kvmanager.machine.draft import Draft
-from kvmanager.machine.handoffs import abort, pulled
+from kvmanager.machine.handoffs import abort, give_up, pull_failed, pulled
 from kvmanager.machine.owners import note_publishable
 from kvmanager.machine.state import State, Worker
 from kvmanager.machine.truncation import believed
@@ -82,6 +82,8 @@ def ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]:
         draft.events.append(ev.SequencesWritten(command.worker, np.array(ids, np.int64), np.array(lengths, np.int64)))
     for handoff_id in dict.fromkeys(command.pulled.tolist()):
         pulled(draft, handoff_id, command.worker, worker.pool)
+    for handoff_id, attempt, reason in command.failed:
+        pull_failed(draft, handoff_id, attempt, command.worker, reason)
     return {}
 
 
@@ -102,7 +104,10 @@ def lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
     for handoff in state.handoffs.values():
         over = handoff.state is HandoffState.ABORTED or handoff.handoff_id in draft.aborted  # both pools may be lost at once
         if pool in (handoff.source, handoff.target) and not over:
-            abort(draft, handoff.handoff_id, "lost", reason)
+            if pool == handoff.source:
+                abort(draft, handoff.handoff_id, "lost", reason)
+            else:
+                give_up(draft, handoff, "lost", reason)
     lost = [sequence.sequence_id for sequence in state.sequences.values() if sequence.pool == pool and draft.alive(sequence.sequence_id)]
     for sequence_id in lost:
         draft.closed[sequence_id] = None
@@ -162,6 +167,8 @@ def apply_written(state: State, event: ev.SequencesWritten) -> None:
     for sequence_id, tokens in zip(event.ids.tolist(), event.tokens.tolist(), strict=True):
         sequence = state.sequences[sequence_id]
         sequence.written[event.worker] = max(tokens, sequence.written.get(event.worker, 0))
+        if sequence.handoff:
+            state.handoffs.progress(sequence.handoff, state.now_ms)
         note_publishable(state, sequence)
 
 
@@ -170,5 +177,8 @@ def apply_fenced(state: State, event: ev.WorkerFenced) -> None:
 
 
 def apply_dead(state: State, event: ev.WorkerDead) -> None:
-    state.pool_workers[state.workers.pop(event.worker).pool].remove(event.worker)
+    index = state.workers.pop(event.worker).pool
+    state.pool_workers[index].remove(event.worker)
+    if not state.pool_workers[index]:
+        state.pools[index].draining, state.pools[index].drained = 0, False
     state.unsettled.pop(event.worker, None)

@@ -111,6 +111,10 @@ class Pool:
         self.refs = np.zeros(num_pages, np.int32)
         self.used = 0
         self.tokens_copied = 0  # that prompts did not compute because part of a page was copied
+        self.pages_moved = 0  # into it, by handoffs
+        self.pages_spared = 0  # that handoffs did not move, because they were here already
+        self.draining = 0  # the client that asked to empty it, 0 if nobody did
+        self.drained = False
         self.load = 0  # known token ids of open sequences, see placement
         self.quarantine: dict[int, Quarantined] = {}  # by serial, oldest first
         self.next_serial = 1

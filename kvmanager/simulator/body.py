@@ -55,7 +55,6 @@ class Body:
         self._lives = 0  # of the manager's, that the replica has followed
         self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
         self._copies: dict[int, Pull] = {}
-        self.failed: dict[int, None] = {}  # handoffs whose pull went wrong here: they wait to be aborted
         self._acking = False
         self._acked_at = world.now_us
         self._ask_hello()
@@ -201,6 +200,7 @@ class Body:
                 return
             self._joined_at = self.joined.acked
             self._skip_unheard()
+            self.replica.joined(reply["worker"])
             self._look()
 
         if self.alive:
@@ -361,6 +361,9 @@ class Body:
         for pull in self.replica.pulls():
             if pull.handoff not in self._copies:
                 self._copies[pull.handoff] = pull
+                books = self.joined.pulls.get(pull.handoff) if self.joined is not None else None
+                if books is not None and books.failed:
+                    books.begin_again()  # a snapshot came before the manager heard of it
                 self.replica.begin_pull(pull.handoff)
                 self._later(self._page_us, self._copy, pull, 0)
         self._drop_pulls()
@@ -373,8 +376,9 @@ class Body:
         if not ongoing or failed or at == len(pull.source_pages):
             del self._copies[pull.handoff]
             if failed and ongoing:
-                self.replica.pull_failed(pull.handoff)
-                self.failed[pull.handoff] = None
+                if books is not None:
+                    books.fail()
+                self.replica.pull_failed(pull.handoff, "sums differ")
             else:
                 self.replica.pulled(pull.handoff)
             self._look()
@@ -406,7 +410,9 @@ class Body:
     def _send_ack(self, content: AckContent) -> None:
         assert self.joined is not None
         self._acking, self._acked_at = True, self.world.now_us
-        ack = Ack(self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of)
+        ack = Ack(
+            self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of, content.failed
+        )
         command = command_to_wire(ack)
         self.caller.ask(command, lambda reply: self.receive(self._ack_answered, reply))
 

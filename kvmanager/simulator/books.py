@@ -95,7 +95,16 @@ class Pull:
     source: np.ndarray
     todo: list[tuple[int, int, list[int]]]  # source page, target page, stamps
     aborted_at: int = 0
-    reported: bool = False
+    attempt: int = 0
+    failed: bool = False  # this try has ended without success, and carries nothing on
+    whole: list[tuple[int, int, list[int]]] = field(default_factory=list)  # what a try begins with
+
+    def fail(self) -> None:
+        self.failed = True
+        self.todo.clear()
+
+    def begin_again(self) -> None:
+        self.failed, self.todo = False, list(self.whole)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "source": None}
@@ -140,8 +149,11 @@ class Move:
     state: str = "prefilling"
     source_pages: list[int] = field(default_factory=list)
     target_pages: list[int] = field(default_factory=list)
-    shared: int = 0  # leading pages that the target had already
-    flushed: bool = False  # and its tenant was flushed there since
+    until: int = 0
+    group: str = ""
+    tried: tuple[int, ...] = ()
+    fresh: int = 0  # where in target_pages those begin that were taken for it
+    flushed: bool = False
 
 
 @dataclass

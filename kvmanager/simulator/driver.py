@@ -55,6 +55,10 @@ class Driver:
             sequences_max=rng.choice((5, 8, 12)),
             handoffs_max=rng.choice((2, 6)),
             lease_ms=LEASE_MS,
+            handoff_timeout_ms=rng.choice((0, 50, 300, 5000)),
+            handoff_wait_ms=rng.choice((0, 100, 2000)),
+            handoff_tries=rng.choice((1, 2, 3)),
+            drain_at_once=rng.choice((1, 3)),
             inflight_wait_ms=rng.choice((0, 20, 2000)),
             placement=rng.choice(("prefix", "prefix", "round_robin")),
             placement_load_weight=rng.choice((0, 1, 3)),
@@ -79,6 +83,7 @@ class Driver:
         self.actions = [Driver.step, *(each.call for each in ACTIONS)]
         self.weights = [30, *(rng.choice(each.rates) for each in ACTIONS)]
         self.of_the_day: dict[str, Any] = {}
+        self.failing = rng.choice((0, 0.1, 0.4))
         for pool in pools:
             for rank in range(pool.workers):
                 self.send(Join(f"{pool.name}{rank}", pool.name, "layout"), 100)
@@ -180,6 +185,8 @@ class Driver:
             for pull in list(worker.pulls.values()):
                 if pull.aborted_at and rng.random() < 0.4:
                     pull.todo.clear()  # it has seen the abort and stops; what it pulled so far is of no use
+                elif pull.todo and rng.random() < self.failing:
+                    pull.fail()
                 elif pull.todo and rng.random() < 0.7:
                     self.model.pull(worker, pull, rng)
 
@@ -190,12 +197,14 @@ class Driver:
         told = [(each, tokens) for each, tokens in worker.done.items() if eager or rng.random() < 0.8]
         if not eager:
             told = [(each, tokens if rng.random() < 0.8 else rng.randint(0, tokens)) for each, tokens in told]
-        pulled = [pull.handoff for pull in worker.pulls.values() if not pull.todo and (eager or rng.random() < 0.7)]
+        failed: list[Any] = [(pull.handoff, pull.attempt, "sums differ") for pull in worker.pulls.values() if pull.failed]
+        pulled = [pull.handoff for pull in worker.pulls.values() if not pull.todo and not pull.failed and (eager or rng.random() < 0.7)]
         if not eager and rng.random() < 0.1:
+            failed += [(each, rng.randint(0, 3) + 50, "long ago") for each in self.model.moves]
             pulled += [rng.randint(1, 50) + 10_000, *(each for each in self.model.moves if each not in worker.pulls)]
         as_of = newest if eager else rng.choice((0, newest, rng.randint(version, newest)))
         reply = self.send(
-            Ack(worker.worker, version, [each for each, _ in told], [tokens for _, tokens in told], pulled, as_of=as_of),
+            Ack(worker.worker, version, [each for each, _ in told], [tokens for _, tokens in told], pulled, as_of=as_of, failed=failed),
             100 + worker.worker,
         )
         demand(reply is None if worker.fenced else reply is not None, f"acknowledgement of {worker}: {reply}")
@@ -273,6 +282,8 @@ class Driver:
             while worker.works or worker.chores:
                 self.model.execute(worker, self.rng)
             for pull in worker.pulls.values():
+                if pull.failed and not pull.aborted_at:
+                    continue
                 while pull.todo and not pull.aborted_at:
                     self.model.pull(worker, pull, self.rng)
                 pull.todo.clear()

@@ -46,6 +46,8 @@ class Model:
         self.pins: dict[int, tuple[int, list[int]]] = {}  # pin -> pool, pages
         self.quotas: dict[tuple[int, bytes | None], int] = {}  # (pool, tenant or everybody else) -> pages
         self.tenants: dict[int, bytes] = {}  # stamp of a page that was ever in an index -> whose it is
+        self.draining: dict[int, int] = {}  # pool -> client that asked for it
+        self.drained: dict[int, None] = {}
         self.seen: Counter[str] = Counter()
         self.version = 1
         self.begun = 0  # the version that began this life of the manager, if it is not the first

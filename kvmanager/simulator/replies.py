@@ -13,7 +13,7 @@ from kvmanager.simulator.registry import REFUSALS
 
 __all__ = ["check_refusals", "check_reply"]
 
-DETERMINED = ("unknown", "wrong_state", "sequence_too_large", "too_many", "pool_not_ready")
+DETERMINED = ("unknown", "wrong_state", "sequence_too_large", "too_many", "pool_not_ready", "pool_draining")
 
 
 def check_reply(model: Model, turn: Turn) -> None:
@@ -21,7 +21,7 @@ def check_reply(model: Model, turn: Turn) -> None:
     if not isinstance(turn.command, Step):
         return
     refused = {(kind, index): code for kind, index, code, *_ in turn.reply.get("refused", [])}
-    expected = _Expected(model, turn.command)
+    expected = _Expected(model, turn.command, refused)
     for item, code in expected.codes.items():
         got = refused.get(item)
         if code is not None or got in DETERMINED:
@@ -36,8 +36,8 @@ def check_reply(model: Model, turn: Turn) -> None:
 class _Expected:
     """codes: (list of the step, place) -> why it has to be refused, None if for none of the determined reasons."""
 
-    def __init__(self, model: Model, step: Step) -> None:
-        self.model = model
+    def __init__(self, model: Model, step: Step, refused: dict[tuple[str, int], str]) -> None:
+        self.model, self.refused = model, refused
         self.codes: dict[tuple[str, int], str | None] = {}
         self.open = dict.fromkeys(model.texts)
         self.moving = {move.sequence: handoff for handoff, move in model.moves.items() if move.state != "aborted"}
@@ -81,37 +81,42 @@ class _Expected:
             self.over.add(handoff)
             self.moving = {sequence: each for sequence, each in self.moving.items() if each != handoff}
 
-    def _ready(self, pool: int) -> bool:
+    def _not_ready(self, pool: int) -> str | None:
+        """Why the pool takes nothing."""
+        if pool in self.model.draining:
+            return "pool_draining"
         crew = self.model.crew(pool, fenced=True)
-        return len(crew) == self.model.config.pools[pool].workers and not any(worker.fenced for worker in crew)
+        ready = len(crew) == self.model.config.pools[pool].workers and not any(worker.fenced for worker in crew)
+        return None if ready else "pool_not_ready"
 
     def _hand_offs(self, step: Step) -> None:
         model, begun, perhaps = self.model, 0, 0
         names = [pool.name for pool in model.config.pools]
-        for index, (sequence, target) in enumerate(step.hand_off):
+        for index, asked in enumerate(step.hand_off):
+            sequence, target = asked.sequence, asked.pool
             if not self._alive("hand_off", index, sequence):
                 continue
             code = None
             if sequence in self.moving:
                 code = "wrong_state"
-            elif names[model.texts[sequence].pool] == target:
+            elif target and names[model.texts[sequence].pool] == target:
                 code = "invalid_value"
-            elif sequence in self.cut:
+            elif (
+                sequence in self.cut or asked.group or asked.reserve
+            ):  # how many pages that needs and which pools have them is not known here
                 del self.codes["hand_off", index]
-                perhaps += 1
-                self.moving[sequence] = -1
+                if ("hand_off", index) not in self.refused:
+                    perhaps += 1
+                    self.moving[sequence] = -1
                 continue
             elif len(model.texts[sequence].pages) > model.config.pools[names.index(target)].num_pages:
                 code = "sequence_too_large"
-            elif not self._ready(names.index(target)):
-                code = "pool_not_ready"
-            elif len(model.moves) + begun >= model.config.handoffs_max:
-                code = "too_many"
-            elif len(model.moves) + begun + perhaps >= model.config.handoffs_max:
-                del self.codes["hand_off", index]
-                perhaps += 1
-                self.moving[sequence] = -1
+            elif why := self._not_ready(names.index(target)):
+                code = why
+            elif self.refused.get(("hand_off", index)) == "over_quota":
                 continue
+            elif len(model.moves) + begun + perhaps >= model.config.handoffs_max:
+                code = "too_many"
             self.codes["hand_off", index] = code
             if code is None:
                 begun += 1
@@ -127,8 +132,8 @@ class _Expected:
             if not asked.pool:
                 continue
             pool = names.index(asked.pool)
-            if not self._ready(pool):
-                self.codes["open", index] = "pool_not_ready"
+            if why := self._not_ready(pool):
+                self.codes["open", index] = why
             elif -(-(len(asked.tokens) + asked.reserve) // PAGE) > model.config.pools[pool].num_pages:
                 self.codes["open", index] = "sequence_too_large"
             elif left >= 0:

@@ -186,19 +186,22 @@ class System:
         return [f"{move.handoff} {move.state}" for move in self.model.moves.values() if not self._may_wait(move)]
 
     def _may_wait(self, move: Move) -> bool:
-        """For a worker that has left out a step or failed to pull, or for pages: until somebody aborts or closes something."""
+        """For tokens that nobody computes or that a worker has left out, or for pages: until somebody aborts or closes something."""
 
         def bodies(pool: int) -> list[Body]:
             return [body for (where, _), body in self.bodies.items() if where == pool]
 
         if move.state == "prefilling":
+            if self.model.texts[move.sequence].length < move.until:
+                return True  # nobody computes the rest any more
             return any(body.has_hole(move.sequence) for body in bodies(move.source))
-        if move.state == "moving":
-            return any(move.handoff in body.failed for body in bodies(move.target))
         if move.state == "reserving":
             text, owners = self.model.texts[move.sequence], self.model.owners(move.target)
             nobodys = self.config.pools[move.target].num_pages - sum(count > 0 for count in owners.values())  # free, or to be evicted
-            return nobodys < len(text.pages) or any(pool == move.target for pool, _ in self.model.quotas)
+            if nobodys < len(text.pages) or any(pool == move.target for pool, _ in self.model.quotas):
+                return True
+            before = (each for each in self.model.moves.values() if each.target == move.target and each.handoff < move.handoff)
+            return any(each.state == "reserving" and self._may_wait(each) for each in before)
         return False
 
     def unrest(self) -> str:
@@ -258,5 +261,9 @@ def draw_config(rng: random.Random) -> ManagerConfig:
         handoffs_max=rng.choice((2, 6)),
         clients_max=64,
         lease_ms=LEASE_MS,
+        handoff_timeout_ms=rng.choice((0, 60, 500, 5000)),
+        handoff_wait_ms=rng.choice((1000, 10_000)),
+        handoff_tries=rng.choice((1, 2, 3)),
+        drain_at_once=rng.choice((1, 3)),
         client_lease_ms=rng.choice((0, 0, 3 * LEASE_MS)),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from kvmanager.tables import BatchTables, div_ceil
 
 __all__ = ["AckContent", "Copies", "Peer", "Pull", "Replica"]
 
+REASON_MAX = 500
 NO_PAGES = np.zeros(0, np.int32)
 
 
@@ -36,7 +37,13 @@ class Peer(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """Pages to copy into this pool: source_pages[i] of `peer` to target_pages[i]. Pages the pool already shares are not in it."""
+    """Pages to copy into this pool from `peer`'s. What the pool already shares, its first `shared_pages` pages, is not in it.
+
+    source_pages, target_pages   of equal size, source_pages[i] to target_pages[i]; else `tokens` slots of all layers, one after the other:
+                                 from slot `source_skip` of the first source page on, to the first slot of the first target page on
+    source_page_size, target_page_size   slots of a page
+    attempt    of this worker, from 0 on
+    """
 
     handoff: int
     sequence: int
@@ -45,6 +52,11 @@ class Pull(NamedTuple):
     source_pages: np.ndarray
     target_pages: np.ndarray
     shared_pages: int
+    source_page_size: int = 0
+    target_page_size: int = 0
+    tokens: int = 0
+    source_skip: int = 0
+    attempt: int = 0
 
 
 class Copies(NamedTuple):
@@ -66,6 +78,7 @@ class AckContent(NamedTuple):
     pulled: list[int]
     epoch: int
     as_of: int = 0
+    failed: list[tuple[int, int, str]] = []  # noqa: RUF012 - never changed; (handoff, attempt, reason)
 
 
 @dataclass(slots=True)
@@ -76,6 +89,8 @@ class _Moving:
     shared: np.ndarray
     fresh: np.ndarray
     moving: bool = False
+    sources: dict[int, int] = field(default_factory=dict)  # worker of the target -> worker that it pulls from
+    tries: dict[int, int] = field(default_factory=dict)  # that failed
 
 
 class Replica:
@@ -83,6 +98,7 @@ class Replica:
 
     def __init__(self, pool: str | None = None) -> None:
         self.pool_name = pool
+        self.worker = 0  # its id, see `joined`
         self.stranded = False  # a worker whose pages are not what the manager believes: see `load`
         self.differs = False  # the tables are not the manager's: only a snapshot helps
         self._reset()
@@ -103,6 +119,8 @@ class Replica:
         self._pulls: dict[int, Pull] = {}  # not yet finished
         self._copying: dict[int, int] = {}  # begun and not ended, aborted ones included: handoff -> version of its beginning
         self._pulled: list[int] = []  # finished, to be reported
+        self._failed: dict[int, tuple[Pull, str]] = {}  # ended without success: the pull, and why
+        self._unreported: dict[int, None] = {}  # those of them that the manager has not been told of
         self._written: dict[int, int] = {}
         self._reported: dict[int, int] = {}
         self._handing: dict[int, None] = {}  # own sequences on their way out: report them to the token
@@ -117,6 +135,14 @@ class Replica:
     @property
     def page_size(self) -> int:
         return self.pools[self.pool].page_size
+
+    def joined(self, worker: int) -> None:
+        """This replica is that of the worker with this id: a handoff says which worker pulls from which. Say so before the first pull."""
+        self.worker = worker
+        for handoff, pull in self._pulls.items():  # begun before this was known, and not carried out yet
+            move = self._handoffs[handoff]
+            peer = self.peers.get(move.sources.get(worker, 0), pull.peer)
+            self._pulls[handoff] = pull._replace(peer=peer, attempt=move.tries.get(worker, 0))
 
     # --- following -----------------------------------------------------------------------------------------------------------
 
@@ -286,10 +312,14 @@ class Replica:
         if self._pulls.pop(handoff, None) is not None:
             self._pulled.append(handoff)
 
-    def pull_failed(self, handoff: int) -> None:
-        """Copying has ended without success, and will not be tried again here: nothing is reported, the handoff waits to be aborted."""
+    def pull_failed(self, handoff: int, reason: str = "") -> None:
+        """Copying has ended without success, and nothing of it can land any more. The manager is told why; it has the pull tried again,
+        which then is in the list once more, or aborts the handoff."""
         self._copying.pop(handoff, None)
-        self._pulls.pop(handoff, None)
+        pull = self._pulls.pop(handoff, None)
+        if pull is not None:
+            self._failed[handoff] = pull, reason[:REASON_MAX]
+            self._unreported[handoff] = None
 
     # --- acknowledging -------------------------------------------------------------------------------------------------------
 
@@ -310,15 +340,17 @@ class Replica:
             for each, tokens in self._written.items()
             if tokens // size > reported.get(each, 0) // size or (each in handing and tokens > reported.get(each, 0))
         ]
-        if not ids and not self._pulled and not (self._owed and version > self.acked):
+        if not ids and not self._pulled and not self._unreported and not (self._owed and version > self.acked):
             return None
         self._owed = version < self.version
         self.acked = max(self.acked, version)
         for sequence in ids:
             self._reported[sequence] = self._written[sequence]
         pulled, self._pulled = self._pulled, []
+        failed = [(each, self._failed[each][0].attempt, self._failed[each][1]) for each in self._unreported]
+        self._unreported = {}
         as_of = max(self.acked, self.version) if ids else 0
-        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch, as_of)
+        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch, as_of, failed)
 
     def renewal(self) -> AckContent:
         """An acknowledgement for the lease's sake, whether or not it helps anybody else."""
@@ -446,18 +478,40 @@ class Replica:
         move = self._handoffs[handoff]
         if move.target != self.pool:
             return
-        # Latents are the same in every tensor-parallel worker: workers of the target spread over those of the source.
-        sources = sorted(worker for worker, peer in self.peers.items() if peer.pool == move.source)
-        if not sources:
+        own = self._puller(move)
+        peer = self.peers.get(move.sources.get(own, 0))
+        if peer is None:
             return  # the abort is on its way
-        peer = self.peers[sources[handoff % len(sources)]]
-        shared, used = len(move.shared), div_ceil(length, self.page_size)  # pages reserved beyond the length hold nothing
-        pages = source_pages[shared:used].copy(), move.fresh[: used - shared]
-        self._pulls[handoff] = Pull(handoff, move.sequence, version, peer, *pages, shared)
+        theirs, ours, shared = self.pools[move.source].page_size, self.page_size, len(move.shared)
+        start, used = shared * ours, div_ceil(length, ours)  # pages reserved beyond the length hold nothing
+        pages = source_pages[start // theirs : div_ceil(length, theirs)].copy(), move.fresh[: used - shared]
+        skip, attempt = start % theirs if start < length else 0, move.tries.get(own, 0)
+        self._pulls[handoff] = Pull(
+            handoff, move.sequence, version, peer, *pages, shared, theirs, ours, max(length - start, 0), skip, attempt
+        )
+
+    def _puller(self, move: _Moving) -> int:
+        """This worker, as one that pulls for a handoff; the first of them if it does not know its id."""
+        return self.worker or next(iter(move.sources), 0)
 
     def _on_moving(self, event: ev.HandoffMoving) -> None:
         move = self._handoffs[event.handoff]
         move.shared, move.fresh, move.moving = event.shared, event.fresh, True
+        move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
+        self._start_pull(event.handoff, self.version + 1, self.tables.pages_of(move.sequence), self.tables.length(move.sequence))
+
+    def _on_failed(self, event: ev.HandoffFailed) -> None:
+        """The manager has the pull tried again, if it is this worker's."""
+        move = self._handoffs[event.handoff]
+        move.sources[event.worker], move.tries[event.worker] = event.source, event.attempt + 1
+        if move.target != self.pool or self._puller(move) != event.worker:
+            return
+        self._failed.pop(event.handoff, None)
+        self._unreported.pop(event.handoff, None)
+        if event.handoff in self._copying and event.handoff in self._pulls:
+            # A snapshot had it tried again before this was heard of: that try goes on, as the next one.
+            self._pulls[event.handoff] = self._pulls[event.handoff]._replace(attempt=event.attempt + 1)
+            return
         self._start_pull(event.handoff, self.version + 1, self.tables.pages_of(move.sequence), self.tables.length(move.sequence))
 
     def _on_resident(self, event: ev.HandoffResident) -> None:
@@ -475,6 +529,8 @@ class Replica:
             self._owed |= move.moving and move.target == self.pool
             self._handing.pop(move.sequence, None)
         self._pulls.pop(event.handoff, None)
+        self._failed.pop(event.handoff, None)
+        self._unreported.pop(event.handoff, None)
         if event.handoff in self._pulled:
             self._pulled.remove(event.handoff)
 
@@ -495,7 +551,10 @@ class Replica:
         self._handoffs[event.handoff] = move
         if event.state == HandoffState.MOVING:
             move.moving = True
-            self._start_pull(event.handoff, event.version, event.source_pages, event.length)
+            move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
+            move.tries = dict(zip(event.pullers.tolist(), event.failures.tolist(), strict=True))
+            if self.worker not in event.pulled:
+                self._start_pull(event.handoff, event.version, event.source_pages, event.length)
 
 
 _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
@@ -517,6 +576,7 @@ _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
     ev.SequenceClosed: Replica._on_close,
     ev.HandoffBegun: Replica._on_begun,
     ev.HandoffMoving: Replica._on_moving,
+    ev.HandoffFailed: Replica._on_failed,
     ev.HandoffResident: Replica._on_resident,
     ev.HandoffAborted: Replica._on_abort,
     ev.StateRestored: Replica._on_state_restored,

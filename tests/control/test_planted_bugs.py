@@ -17,7 +17,7 @@ from kvmanager.machine import apply as apply_module
 from kvmanager.machine import clients, forks, owners, pins, restore, tenants, truncation
 from kvmanager.machine import decide as decide_module
 from kvmanager.machine import events as ev
-from kvmanager.machine import handoffs as handoffs_module
+from kvmanager.machine import handoff_events as handoffs_module
 from kvmanager.machine import publishing as publishing_module
 from kvmanager.machine import workers as workers_module
 from kvmanager.machine.draft import Draft, PoolDraft
@@ -192,6 +192,36 @@ def late_pull_of_an_aborted_handoff_counts(patch: pytest.MonkeyPatch) -> None:
                 draft.events.append(ev.HandoffResident(handoff_id))
 
     patch.setattr(workers_module, "pulled", pulled)
+
+
+@plant
+def failure_of_an_older_try_counts(patch: pytest.MonkeyPatch) -> None:
+    honest = workers_module.pull_failed
+
+    def pull_failed(draft: Draft, handoff_id: int, attempt: int, worker: int, reason: str) -> None:
+        handoff = draft.state.handoffs.get(handoff_id)
+        honest(draft, handoff_id, handoff.failures.get(worker, 0) if handoff is not None else attempt, worker, reason)
+
+    patch.setattr(workers_module, "pull_failed", pull_failed)
+
+
+@plant
+def reserved_pages_forgotten_at_the_abort(patch: pytest.MonkeyPatch) -> None:
+    honest = handoffs_module.apply_aborted
+
+    def aborted(state: State, event: ev.HandoffAborted) -> None:
+        handoff = state.handoffs[event.handoff]
+        if handoff.state is not HandoffState.MOVING:
+            handoff.target_pages, handoff.target_shared = handoff.target_pages[: handoff.target_fresh], handoff.target_fresh
+        honest(state, event)
+
+    patch.setitem(apply_module._APPLY, ev.HandoffAborted, aborted)
+
+
+@plant
+def sealed_before_what_was_reserved_for_is_computed(patch: pytest.MonkeyPatch) -> None:
+    honest = handoffs_module.apply_begun
+    patch.setitem(apply_module._APPLY, ev.HandoffBegun, lambda state, event: honest(state, event._replace(until=0)))
 
 
 @plant

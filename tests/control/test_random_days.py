@@ -32,7 +32,8 @@ def test_the_days_were_eventful() -> None:
     expected = (
         "SequenceOpened SequencesGrown GrownAgain GrownFurther TokensAppended PagesPublished SequenceClosed PagesEvicted PagesReleased IndexDropped "
         "WorkerJoined WorkerAcked SequencesWritten WorkerFenced WorkerDead HandoffBegun HandoffSealed HandoffReserving HandoffMoving "
-        "HandoffPulled HandoffResident HandoffAborted HandoffEnded ClientAnswered SequencesTruncated SequenceForked PagesCopied "
+        "HandoffPulled HandoffResident HandoffAborted HandoffEnded HandoffReserved HandoffFailed moving_reserved aborted_reserved "
+        "ClientAnswered SequencesTruncated SequenceForked PagesCopied "
         "PromptEnqueued PromptsDequeued PinBegun PinsEnded QuotaSet TenantFlushed flushed_pages within_a_quota "
         "placed waited cached deduplicated moving_shared aborted_prefilling aborted_reserving aborted_moving"
     )

@@ -27,7 +27,7 @@ from kvmanager.simulator.hunt import Outcome, live
 from kvmanager.worker.replica import AckContent, Replica
 from tests.control.test_planted_bugs import PLANTS as STATE_MACHINE_PLANTS
 
-SEEDS, STEPS = 40, 1500
+SEEDS, STEPS = 60, 1500
 PLANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
 
 

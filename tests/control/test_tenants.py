@@ -147,14 +147,34 @@ def test_forks_are_charged(rig: Rig) -> None:
 
 def test_a_handoff_waits_for_the_quota_of_its_target(make_rig: MakeRig) -> None:
     rig = make_rig(ManagerConfig(pools=tuple(PoolConfig(name, 4, page_size=PAGE) for name in "pq")))
-    rig.kv.set_quota(RED, 1, "q")
+    rig.kv.set_quota(RED, 2, "q")
+    rig.prefilled(text(9)[:PAGE], "q", tenant=RED)
     opened = rig.prefilled(text(1), "p", tenant=RED)
     handoff = rig.kv.hand_off(opened.sequence, "q")
     assert rig.handoff_state(handoff) == "reserving"
-    rig.kv.set_quota(RED, 2, "q")
+    rig.kv.set_quota(RED, 3, "q")
     rig.kv.step()
     assert rig.handoff_state(handoff) == "moving"
-    assert {row["pool"]: row["pages"] for row in rig.kv.tenants()} == {"q": 2}
+    assert {row["pool"]: row["pages"] for row in rig.kv.tenants()} == {"q": 3}
+
+
+def test_a_handoff_that_a_quota_can_never_let_in_ends_with_the_reason(make_rig: MakeRig) -> None:
+    """At once if it is known when it is asked for; as soon as it is known if the quota is set later."""
+    rig = make_rig(ManagerConfig(pools=tuple(PoolConfig(name, 4, page_size=PAGE) for name in "pq")))
+    opened = rig.prefilled(text(1), "p", tenant=RED)
+    rig.kv.set_quota(RED, 1, "q")
+    with pytest.raises(OverQuota, match="at most 1 pages of tenant 'red', got 2"):
+        rig.kv.hand_off(opened.sequence, "q")
+    rig.kv.set_quota(RED, 4, "q")
+    blocker = rig.prefilled([9] * 3 * PAGE, "q")
+    handoff = rig.kv.hand_off(opened.sequence, "q")
+    assert rig.handoff_state(handoff) == "reserving"
+    rig.kv.set_quota(RED, 1, "q")
+    rig.kv.step()
+    [notice] = rig.kv.step().notices
+    assert (notice.kind, notice.handoff, notice.code) == ("aborted", handoff, "over_quota")
+    rig.kv.step(grow=[opened.sequence], close=[blocker.sequence])
+    assert rig.length(opened.sequence) == len(text(1)) + 1
 
 
 def test_pages_that_an_aborted_handoff_held_are_no_longer_charged_once_it_has_ended(make_rig: MakeRig) -> None:

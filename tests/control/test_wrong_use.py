@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmanager.config import ManagerConfig, PoolConfig, config_from_mapping
-from kvmanager.errors import InvalidValue, KVError, LayoutMismatch, PoolNotReady, SequenceTooLarge, TooMany, Unknown, WrongState
+from kvmanager.errors import Fenced, InvalidValue, KVError, LayoutMismatch, PoolNotReady, SequenceTooLarge, TooMany, Unknown, WrongState
 from kvmanager.machine.command_wire import command_from_wire, command_to_wire
 from kvmanager.machine.commands import Ack, Join, Open, Step
 from tests.control.conftest import Rig, tokens
@@ -147,7 +147,9 @@ BAD_CALLS: list[tuple[str, Callable[[Rig, int], Any], type[KVError], str]] = [
     ("hand-off-unknown", lambda rig, s: rig.kv.hand_off(77, "B"), Unknown, "77"),
     ("hand-off-to-unknown-pool", lambda rig, s: rig.kv.hand_off(s, "Z"), Unknown, "pool: Z"),
     ("hand-off-to-itself", lambda rig, s: rig.kv.hand_off(s, "A"), InvalidValue, "a pool other than A"),
-    ("hand-off-to-other-page-size", lambda rig, s: rig.kv.hand_off(s, "C"), InvalidValue, "page_size 16, got C with 32"),
+    ("hand-off-to-unknown-group", lambda rig, s: rig.kv.hand_off(s, group="Z"), Unknown, "group: Z"),
+    ("drain-unknown-pool", lambda rig, s: rig.kv.drain("Z"), Unknown, "pool: Z"),
+    ("drain-unknown-worker", lambda rig, s: rig.kv.drain(worker=99), Fenced, "99"),
     ("abort-unknown", lambda rig, s: rig.kv.abort(5), Unknown, "handoff: 5"),
     ("open-in-unknown-pool", lambda rig, s: rig.kv.open([1], "Z"), Unknown, "pool: Z"),
     ("grow-past-the-pool", lambda rig, s: rig.kv.grow(s, 128), SequenceTooLarge, "at most 8 pages, got a sequence of 9"),
@@ -181,7 +183,11 @@ BAD_CALLS: list[tuple[str, Callable[[Rig, int], Any], type[KVError], str]] = [
     ("id-beyond-64-bits", lambda rig, s: rig.kv.close(2**63), InvalidValue, "step.close"),
     ("tokens-not-a-pair", lambda rig, s: rig.kv.step(tokens=[s]), InvalidValue, "step.tokens[0]: expected a pair"),
     ("tokens-negative", lambda rig, s: rig.kv.append_tokens(s, [-1]), InvalidValue, "step.tokens[0]"),
-    ("hand-off-without-name", lambda rig, s: rig.kv.hand_off(s, ""), InvalidValue, "step.hand_off[0]"),
+    ("hand-off-without-name", lambda rig, s: rig.kv.hand_off(s, ""), InvalidValue, "hand_off.pool"),
+    ("hand-off-to-a-pool-and-a-group", lambda rig, s: rig.kv.hand_off(s, "B", group="default"), InvalidValue, "hand_off.group"),
+    ("hand-off-reserve", lambda rig, s: rig.kv.hand_off(s, "B", reserve=1), InvalidValue, "hand_off.reserve"),
+    ("drain-a-pool-and-a-worker", lambda rig, s: rig.kv.drain("A", worker=1), InvalidValue, "drain.worker"),
+    ("drain-nothing", lambda rig, s: rig.kv.drain(), InvalidValue, "drain.pool"),
     ("opens-of-something-else", lambda rig, s: rig.kv.step(opens=[[1, 2]]), InvalidValue, "step.opens: expected Open objects"),
     ("opens-not-a-list", lambda rig, s: Step(opens=Open([1], "A")), InvalidValue, "step.opens: expected a list"),
     ("batch-too-long", lambda rig, s: rig.kv.step(grow=list(range(1, 10))), InvalidValue, "step.grow: expected at most 8 items, got 9"),
@@ -251,7 +257,7 @@ def test_one_wrong_item_harms_no_other(make_rig: MakeRig) -> None:
         close=[777],
         abort=[5],
         tokens=[(777, [1]), (good, [50])],
-        hand_off=[(good, "C"), (good, "B")],
+        hand_off=[(good, "A"), (good, "B")],
         grow=[777, good],
         opens=[Open([1], "Z"), Open(tokens(300), "A"), Open([1, 2], "A", chunk=2)],
     )

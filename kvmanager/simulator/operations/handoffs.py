@@ -5,15 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from kvmanager.machine import events as ev
+from kvmanager.machine.commands import Drain, HandOff
 from kvmanager.simulator.books import PAGE, Move, Pull, Turn, demand
 from kvmanager.simulator.model import Model
-from kvmanager.simulator.registry import draws, follows
+from kvmanager.simulator.registry import action, draws, follows, heals
 
 
 @draws
 def hand_off(driver: Any) -> dict[str, Any]:
     rng, rate = driver.rng, driver.drawn("hand_off rate", 0.02, 0.1, 0.3)
-    return {"hand_off": [(each, rng.choice(driver.config.pools).name) for each in driver.model.texts if rng.random() < rate]}
+    reserving, grouped = driver.drawn("reserving handoffs", 0, 0.3, 1), driver.drawn("handoffs to a group", 0, 0.3, 1)
+    drawn: list[Any] = []
+    for each in driver.model.texts:
+        if rng.random() < rate:
+            reserve, pool = rng.random() < reserving, rng.choice(driver.config.pools).name
+            if rng.random() < grouped:
+                drawn.append(HandOff(each, group=rng.choice(("default", "*")), reserve=reserve))
+            else:
+                drawn.append(HandOff(each, pool, reserve=reserve) if reserve else (each, pool))
+    return {"hand_off": drawn}
 
 
 @draws
@@ -22,12 +32,70 @@ def abort(driver: Any) -> dict[str, Any]:
     return {"abort": [each for each in driver.model.moves if driver.rng.random() < rate]}
 
 
+@action(0, 0.1, 0.4)
+def drain(driver: Any) -> None:
+    """A pool is emptied; more often than not somebody changes his mind, so that the other pools do not stand alone for good."""
+    rng = driver.rng
+    pool = rng.choice(driver.config.pools)
+    number = driver.config.pools.index(pool)
+    workers = [worker.worker for worker in driver.model.crew(number)]
+    stop = number in driver.model.draining and rng.random() < 0.7
+    by_worker = bool(workers) and rng.random() < 0.3
+    driver.send(Drain("" if by_worker else pool.name, rng.choice(workers) if by_worker else 0, stop), 70)
+
+
+@heals
+def no_drains(driver: Any) -> list[Any]:
+    return [Drain(driver.config.pools[pool].name, stop=True) for pool in driver.model.draining]
+
+
+@follows(ev.PoolDraining)
+def draining(model: Model, event: ev.PoolDraining, turn: Turn) -> None:
+    model.drained.pop(event.pool, None)
+    model.draining.pop(event.pool, None)
+    if event.client:
+        model.draining[event.pool] = event.client
+
+
+@follows(ev.PoolDrained)
+def drained(model: Model, event: ev.PoolDrained, turn: Turn) -> None:
+    demand(event.pool in model.draining and event.pool not in model.drained, f"pool {event.pool} drained, and nobody asked for it")
+    demand(all(text.pool != event.pool for text in model.texts.values()), f"pool {event.pool} drained with open sequences")
+    demand(all(event.pool not in (move.source, move.target) for move in model.moves.values()), f"pool {event.pool} drained with handoffs")
+    model.drained[event.pool] = None
+    model.tell(model.draining[event.pool], "drained", 0, 0)
+
+
 @follows(ev.HandoffBegun)
 def begun(model: Model, event: ev.HandoffBegun, turn: Turn) -> None:
-    text = model.texts[event.sequence]
+    text, what = model.texts[event.sequence], f"handoff {event.handoff}"
     demand(not text.handoff, f"sequence {event.sequence} in two handoffs")
+    demand(event.target != text.pool, f"{what}: from pool {text.pool} to itself")
+    demand(event.target not in event.tried, f"{what}: to pool {event.target}, which has failed it before")
+    demand(event.target not in model.draining, f"{what}: into pool {event.target}, which is being emptied")
+    if event.cause == "drain":
+        demand(text.pool in model.draining, f"{what}: nobody empties pool {text.pool}")
     text.handoff = event.handoff
-    model.moves[event.handoff] = Move(event.handoff, event.sequence, text.pool, event.target)
+    model.moves[event.handoff] = Move(
+        event.handoff, event.sequence, text.pool, event.target, until=event.until, group=event.group, tried=tuple(event.tried.tolist())
+    )
+    model.seen[f"begun_{event.cause or 'asked'}"] += 1
+    if event.cause:
+        model.tell(text.owner, "moving", event.sequence, event.handoff)
+
+
+@follows(ev.HandoffReserved)
+def reserved(model: Model, event: ev.HandoffReserved, turn: Turn) -> None:
+    move = model.moves[event.handoff]
+    text, shared, fresh = model.texts[move.sequence], event.shared.tolist(), event.fresh.tolist()
+    demand(move.state == "prefilling" and not move.target_pages, f"handoff {event.handoff} reserves while {move.state}")
+    known = turn.known.get(move.sequence, text.known)
+    run = model.indexed_run(turn.visible[move.target], text.stamps[:known], known // PAGE)
+    demand(shared == run, f"handoff {event.handoff}: shared pages {shared}, the model finds {run}")
+    total = max(len(text.pages), -(-known // PAGE))
+    demand(len(shared) + len(fresh) == total, f"handoff {event.handoff}: reserves {len(shared) + len(fresh)} of {total} pages")
+    model.take(move.target, fresh, f"handoff {event.handoff}")
+    move.target_pages, move.fresh = shared + fresh, len(shared)
 
 
 @follows(ev.HandoffSealed)
@@ -36,6 +104,7 @@ def sealed(model: Model, event: ev.HandoffSealed, turn: Turn) -> None:
     demand(move.state == "prefilling", f"handoff {event.handoff} sealed while {move.state}")
     move.state = "sealed"
     text = model.texts[move.sequence]
+    demand(text.length >= move.until, f"handoff {event.handoff} sealed at {text.length} tokens, {move.until} were to be computed")
     model.check_content(move.source, text.pages, text.stamps[: text.length], f"seal {event.handoff}")
 
 
@@ -51,30 +120,56 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
     move = model.moves[event.handoff]
     demand(move.state in ("sealed", "reserving"), f"handoff {event.handoff} moving while {move.state}")
     text = model.texts[move.sequence]
-    shared, fresh = event.shared.tolist(), event.fresh.tolist()
+    shared, fresh, kept = event.shared.tolist(), event.fresh.tolist(), event.kept
     known = turn.known.get(move.sequence, text.known)  # what this batch makes known, its decision did not see yet
     run = model.indexed_run(turn.visible[move.target], text.stamps[: min(known, text.length)], text.length // PAGE)
     demand(shared == run, f"handoff {event.handoff}: shared pages {shared}, the model finds {run}")
     demand(len(shared) + len(fresh) == len(text.pages), f"handoff {event.handoff}: {len(shared) + len(fresh)} of {len(text.pages)} pages")
     model.check_content(move.target, shared, text.stamps[: len(shared) * PAGE], f"handoff {event.handoff}")
-    model.take(move.target, fresh, f"handoff {event.handoff}")
-    move.state, move.source_pages, move.target_pages, move.shared = "moving", list(text.pages), shared + fresh, len(shared)
-    sources = model.crew(move.source)
-    for rank, worker in enumerate(model.crew(move.target)):
+    own = move.target_pages[move.fresh :]
+    demand(fresh[:kept] == own[:kept] and kept == min(len(own), len(fresh)), f"handoff {event.handoff}: keeps {fresh[:kept]} of {own}")
+    model.take(move.target, fresh[kept:], f"handoff {event.handoff}")
+    unused = move.target_pages[: move.fresh] + own[kept:]
+    move.state, move.source_pages, move.target_pages, move.fresh = "moving", list(text.pages), shared + fresh, len(shared)
+    move.flushed = False
+    model.let_go(move.target, unused)
+    pullers, sources = event.pullers.tolist(), event.sources.tolist()
+    crew, there = [worker.worker for worker in model.crew(move.target)], [worker.worker for worker in model.crew(move.source)]
+    demand(pullers == crew and all(each in there for each in sources), f"handoff {event.handoff}: {pullers} pull from {sources}")
+    most = max((sources.count(each) for each in there), default=0)
+    demand(most <= -(-len(crew) // max(len(there), 1)), f"handoff {event.handoff}: {most} of {len(crew)} workers pull from one")
+    for puller, source in zip(pullers, sources, strict=True):
         todo = [
             (text.pages[place], page, text.stamps[place * PAGE : min((place + 1) * PAGE, text.length)])
             for place, page in enumerate(fresh, len(shared))
             if place * PAGE < text.length
         ]
-        worker.pulls[event.handoff] = Pull(event.handoff, move.source, sources[rank % len(sources)].memory, todo)
+        model.workers[puller].pulls[event.handoff] = Pull(event.handoff, move.source, model.workers[source].memory, todo, whole=list(todo))
     model.seen["moving_shared"] += bool(shared)
+    model.seen["moving_reserved"] += bool(kept)
+
+
+@follows(ev.HandoffFailed)
+def failed(model: Model, event: ev.HandoffFailed, turn: Turn) -> None:
+    move, worker = model.moves[event.handoff], model.workers[event.worker]
+    demand(move.state == "moving", f"handoff {event.handoff} is tried again while {move.state}")
+    pull = worker.pulls.get(event.handoff)
+    if pull is None:  # as with a pull that the end of a lost log told of
+        demand(model.begun, f"handoff {event.handoff}: failed, says the log, but {event.worker} does not pull")
+        return
+    if not model.replaying:
+        demand(pull.failed and pull.attempt == event.attempt, f"handoff {event.handoff}: {worker.name} is at {pull}")
+        pull.begin_again()
+    pull.attempt = event.attempt + 1
+    pull.source = model.workers[event.source].memory
+    demand(model.workers[event.source].pool == move.source, f"handoff {event.handoff}: pulled from {event.source} of another pool")
 
 
 @follows(ev.HandoffPulled)
 def pulled(model: Model, event: ev.HandoffPulled, turn: Turn) -> None:
     pull = model.workers[event.worker].pulls.get(event.handoff)
     # None: the log went on to its end, and that was lost. The worker has pulled all the same.
-    has = not pull.todo if pull is not None else model.begun
+    has = not pull.todo and not pull.failed if pull is not None else model.begun
     demand(has, f"handoff {event.handoff}: pulled, says the log, but {event.worker} has not")
 
 
@@ -102,6 +197,7 @@ def aborted(model: Model, event: ev.HandoffAborted, turn: Turn) -> None:
     text = model.texts[move.sequence]
     text.handoff = 0
     model.seen[f"aborted_{move.state}"] += 1
+    model.seen[f"aborted_because_{event.code}"] += 1
     if move.state == "moving":
         pages, move.target_pages, move.state = move.target_pages, [], "aborted"
         model.let_go(move.target, pages)
@@ -110,6 +206,8 @@ def aborted(model: Model, event: ev.HandoffAborted, turn: Turn) -> None:
                 worker.pulls[event.handoff].aborted_at = model.version
     else:
         del model.moves[event.handoff]
+        model.seen["aborted_reserved"] += bool(move.target_pages)
+        model.let_go(move.target, move.target_pages)
     model.tell(text.owner, "aborted", move.sequence, event.handoff)
 
 

@@ -128,6 +128,7 @@ def _check_copied(model: Model, event: ev.SequenceOpened, stamps: list[int], tur
 def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: list[int], turn: Turn) -> None:
     """A pool of the group, and none that surely had room for the whole prompt would have been better."""
     config = model.config
+    demand(event.pool not in model.draining, f"open {event.sequence}: in pool {event.pool}, which is being emptied")
     if asked.pool:
         demand(config.pools[event.pool].name == asked.pool, f"open {event.sequence}: asked for {asked.pool}, got pool {event.pool}")
         return
@@ -147,7 +148,12 @@ def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: l
 
     for other, pool in enumerate(config.pools):
         crew = model.crew(other, fenced=True)
-        if pool.group == asked.group and len(crew) == pool.workers and not any(worker.fenced for worker in crew):
+        if (
+            pool.group == asked.group
+            and other not in model.draining
+            and len(crew) == pool.workers
+            and not any(worker.fenced for worker in crew)
+        ):
             acked, owners = model.let_go_up_to(other), model.owners(other)
             indexed = {page for page, _ in model.index[other].values()}
             free = [

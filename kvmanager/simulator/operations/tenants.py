@@ -46,7 +46,8 @@ def flushed(model: Model, event: ev.TenantFlushed, turn: Turn) -> None:
         if text.pool == event.pool and text.tenant == event.tenant:
             text.unlisted = True
     for move in model.moves.values():
-        if move.state == "moving" and move.target == event.pool and move.shared and model.texts[move.sequence].tenant == event.tenant:
+        owner = model.texts.get(move.sequence)
+        if move.target == event.pool and move.fresh and owner is not None and owner.tenant == event.tenant:
             move.flushed = True
     model.seen["flushed_pages"] += bool(pages)
 

@@ -77,6 +77,9 @@ def fenced(model: Model, event: ev.WorkerFenced, turn: Turn) -> None:
 @follows(ev.WorkerDead)
 def dead(model: Model, event: ev.WorkerDead, turn: Turn) -> None:
     worker = model.workers.pop(event.worker)
+    if not model.crew(worker.pool, fenced=True):
+        model.draining.pop(worker.pool, None)
+        model.drained.pop(worker.pool, None)
     if not worker.fenced:
         _check_lost(model, worker.pool)
 
