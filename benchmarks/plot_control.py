@@ -44,10 +44,10 @@ def plot(report: dict[str, Any], reach: list[tuple[str, str, float | None]], pat
         for row in next(iter(scaling.values())):
             right.plot(sizes, [scaling[name][row] for name in scaling], "o-", label=row.replace("_", " "))
         right.set_xscale("log")
-        right.set_ylim(0)
+        right.set_ylim(0, 1.4 * max(max(table.values()) for table in scaling.values()))
         right.set_xlabel("pages in the pool, half of them cached prompts of one page")
         right.set_ylabel("median microseconds")
-        right.legend(fontsize=8)
+        right.legend(fontsize=8, loc="upper center", ncols=3)
         right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

@@ -13,9 +13,11 @@ __all__ = ["let_go", "note_place", "note_publishable"]
 def let_go(state: State, pool: Pool, namespace: bytes, pages: Pages, indexed: int, node: Node | None) -> None:
     """One owner of `pages` less, the first `indexed` of which lead in the namespace's index and end at `node`."""
     pool.unshare(pages[:indexed])  # those without an owner are cached now
-    # By name: a handoff may hold a root that has left the index since, and its account with it.
-    account = pool.prefix.accounts.of.get(tenant_of(namespace))
-    pool.put_in_quarantine(state.version, pool.unshare(pages[indexed:]), account)
+    if len(pages) > indexed:
+        accounts = pool.prefix.accounts.of
+        # By name: a handoff may hold a root that has left the index since, and its account with it.
+        account = accounts.get(tenant_of(namespace)) if accounts else None
+        pool.put_in_quarantine(state.version, pool.unshare(pages[indexed:]), account)
     if node is not None:
         pool.prefix.release(node, state.version)
 

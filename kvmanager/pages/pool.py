@@ -164,8 +164,9 @@ class Pool:
         pages = np.asarray(pages, np.int32)
         if not len(pages):
             return pages
-        counts = self.refs[pages] - 1
-        least = int(counts.min())
+        counts = self.refs[pages]
+        counts -= 1
+        least = int(np.minimum.reduce(counts))
         if least < 0:
             raise InvariantBroken(f"pool {self.name}: page {pages[int(np.argmin(counts))]} dropped more often than held")
         self.refs[pages] = counts
