@@ -135,7 +135,8 @@ class PageWatch:
 
     def after(self, state: State, batch: EventBatch) -> None:
         for event in batch.events:
-            if not isinstance(event, _MOVE_NO_PAGE) and not (isinstance(event, ev.SequencesGrown) and not len(event.pages)):
+            grown = isinstance(event, (ev.SequencesGrown, ev.GrownFurther))
+            if not isinstance(event, _MOVE_NO_PAGE) and not (grown and self.page not in event.pages):
                 self._note(state, batch.version)
                 return
 
