@@ -56,6 +56,7 @@ class Text:
     tenant: bytes = b""
     unlisted: bool = False  # its tenant was flushed: nothing of it may be published
     reserved: int = 0  # pages that stay however short it is cut
+    published: int = 0  # leading pages that it holds in the index
 
 
 @dataclass
@@ -167,6 +168,7 @@ class Turn:
     starts   sequence id -> first slot that the workers are to write in this step; a handler that gives them something to write sets it
     chores   (pool, what its workers are to do before that)
     copies   (pool, target page) -> (source page, tokens)
+    indexed  (pool, page) that have entered the index
     """
 
     command: Command
@@ -179,3 +181,4 @@ class Turn:
     free: dict[int, int] = field(default_factory=dict)
     chores: list[tuple[int, Chore]] = field(default_factory=list)
     copies: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    indexed: dict[tuple[int, int], None] = field(default_factory=dict)

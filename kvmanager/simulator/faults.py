@@ -22,7 +22,7 @@ FAULTS: dict[str, tuple[float, ...]] = {
     "torn": (0, 0.3, 1),  # of such kills: its host is lost with it, and some of what was not synced
     "rot": (0, 0.3),  # of such kills: meanwhile a bit of the journal flips
     "disk": (0, 0.0002, 0.003),  # the disk is full for a moment, or fails an operation
-    "clock": (0, 0.0005, 0.005),  # the manager's clock jumps, forward or back
+    "clock": (0, 0.0005, 0.005, 0.02),  # the manager's clock jumps, forward or back
 }
 
 

@@ -154,7 +154,7 @@ class Host:
         if self.manager is None:
             return
         if self.world.faults.happens("clock", rng):
-            self.skew_ms += rng.choice((-3_000, -500, 300, 900, 1500, 20_000))
+            self.skew_ms += rng.choice((-3_000, -500, 300, 900, 1500, 1500, 20_000))
         if self.world.faults.happens("crash", rng):
             self.crash()
             return

@@ -172,6 +172,12 @@ class Model:
             follower = FOLLOWERS.get(type(event))
             if follower is not None:
                 follower(self, event, turn)
+        for pool, page in turn.indexed:
+            for text in self.texts.values():
+                if text.pool == pool and not text.unlisted and page in text.pages[text.published :]:
+                    raise Broken(
+                        f"page {page} of pool {pool} is in the index, and sequence {text.sequence} owns it and does not hold it there"
+                    )
         for pool, chore in turn.chores:
             if chore.stamps:
                 chore.source, count = turn.copies.pop((pool, chore.target), (-1, 0))

@@ -33,7 +33,7 @@ def forked(model: Model, event: ev.SequenceForked, turn: Turn) -> None:
         pages = parent.pages[:full] + fresh[place : place + 1]
         text = Text(child, turn.client, parent.pool, tokens, stamps, min(parent.known, event.length), event.length, pages)
         text.mood = parent.mood + place + 1
-        text.tenant, text.unlisted = parent.tenant, parent.unlisted
+        text.tenant, text.unlisted, text.published = parent.tenant, parent.unlisted, min(parent.published, full)
         model.texts[child] = text
         chore = Chore(model.version, (child, event.parent), event.length)
         if part:

@@ -86,7 +86,7 @@ def opened(model: Model, event: ev.SequenceOpened, turn: Turn) -> None:
     model.take(event.pool, fresh, f"open {event.sequence}")
     start = len(cached) * PAGE + _check_copied(model, event, stamps, turn)
     text = Text(event.sequence, turn.client, event.pool, tokens, stamps, len(tokens), event.length, cached + fresh)
-    text.tenant = asked.tenant
+    text.tenant, text.published = asked.tenant, len(cached)
     text.reserved = -(-(len(tokens) + asked.reserve) // PAGE) if asked.reserve else 0
     demand(event.sequence not in model.texts, f"sequence id {event.sequence} given twice")
     enough = max(-(-event.length // PAGE), text.reserved)

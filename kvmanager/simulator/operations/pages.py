@@ -18,12 +18,14 @@ def published(model: Model, event: ev.PagesPublished, turn: Turn) -> None:
     before = text.pages[event.first : last]
     for place, page in enumerate(pages, event.first):
         stamp, above = text.stamps[(place + 1) * PAGE - 1], text.stamps[place * PAGE - 1] if place else 0
+        if stamp not in index:
+            turn.indexed[text.pool, page] = None
         found = index.setdefault(stamp, (page, above))
         model.tenants[stamp] = text.tenant
         demand(found[0] == page, f"publish {event.sequence}: page {page} where the index has {found[0]}")
         if page != before[place - event.first]:
             model.seen["deduplicated"] += 1
-    text.pages = text.pages[: event.first] + pages + text.pages[last:]
+    text.pages, text.published = text.pages[: event.first] + pages + text.pages[last:], last
     model.let_go(text.pool, before)
     model.check_content(text.pool, text.pages[:last], text.stamps[: last * PAGE], f"publish {event.sequence}")
 

@@ -43,7 +43,7 @@ def truncated(model: Model, event: ev.SequencesTruncated, turn: Turn) -> None:
             demand(not others, f"{what}: it would write into page {last} of {others}")
         start = full if target >= 0 else keep
         gone, text.pages = text.pages[start:], text.pages[:start] + ([target] if target >= 0 else [])
-        text.length, text.known = length, min(text.known, length)
+        text.length, text.known, text.published = length, min(text.known, length), min(text.published, full)
         text.tokens, text.stamps, text.mood = text.tokens[:length], text.stamps[:length], text.mood + 1
         model.let_go(text.pool, gone)
         stamps = text.stamps[full * PAGE :] if target >= 0 else []
