@@ -60,6 +60,7 @@ class Worker:
         self.follower = Follower(client, self.replica)
         memory = msgpack.packb(self.memory.export())
         self.worker_id = client.join(pool, pool, self.memory.layout.fingerprint, memory=memory, lease_ms=lease_ms)
+        self.replica.joined(self.worker_id)
         self.renew_s = lease_ms / 1000 / 4
         self.acked_at = time.monotonic()
         self.peers: dict[int, PeerMemory] = {}
@@ -191,8 +192,9 @@ class Worker:
             self.pull_failed(pull, error)
 
     def pull_failed(self, pull: ReplicaPull, error: object) -> None:
-        self.replica.pull_failed(pull.handoff)
-        self.channel.send({"t": "pull_failed", "handoff": pull.handoff, "error": f"pages of {pull.peer.name}: {error}"[:500]})
+        reason = f"pages of {pull.peer.name}: {error}"[:500]
+        self.replica.pull_failed(pull.handoff, reason)
+        self.channel.send({"t": "pull_failed", "handoff": pull.handoff, "error": reason})
 
     def dump(self, sequence: int) -> None:
         """Send a sequence's latents as they lie in its pages: float32 [layers, tokens, entry]."""
