@@ -181,7 +181,7 @@ def resident(model: Model, event: ev.HandoffResident, turn: Turn) -> None:
     left = text.pages
     text.pool, text.pages, text.handoff = move.target, move.target_pages, 0
     text.unlisted |= move.flushed
-    text.published = move.shared
+    text.published = move.fresh
     model.let_go(move.source, left)
     for worker in model.crew(move.target, fenced=True):
         pull = worker.pulls.pop(event.handoff, None)  # None: as above, or it has heard of an abort that was lost, and ends itself
