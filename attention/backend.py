@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from kvmanager.attention import torch_path
 from kvmanager.attention.layout import ROPE_ORDERS
 from kvmanager.attention.memory import PageMemory
+from kvmanager.attention.options import Options
 from kvmanager.attention.plan import NUM_HEADS_MAX, Limits, Plan, make_plan
 from kvmanager.errors import InvalidValue, WrongState
 from kvmanager.tables import BatchTables
@@ -40,9 +41,29 @@ class MLABackend:
     Query token t of a sequence with `query_len` n and length L (this step's tokens included) sits at position L - n + t and sees positions
     up to its own. `decode` serves the rows of one query token, `prefill` the rest. LSE is natural log, float32; a row of length 0 is padding
     and gives output 0 and LSE -inf. CPU tensors run in plain torch, CUDA tensors on Triton.
+
+    batch_invariant   a query token's out and lse have the same bits whatever else is in the batch, and whichever step computes them: decode,
+                      several tokens, a chunk of a prompt or all of it. invariant_tokens: where sequences are cut then (options.py)
+    logit_soft_cap    scores s become logit_soft_cap * tanh(s / logit_soft_cap)
+    sliding_window    a query token sees the last so many positions only, its own included
+    sinks             float32 [num_layers, heads]: out is scaled by exp(lse) / (exp(lse) + exp(sink)); lse stays without it
     """
 
-    def __init__(self, memory: PageMemory, num_heads: int, softmax_scale: float, max_tokens: int, max_batch: int, max_pages: int) -> None:
+    def __init__(
+        self,
+        memory: PageMemory,
+        num_heads: int,
+        softmax_scale: float,
+        max_tokens: int,
+        max_batch: int,
+        max_pages: int,
+        *,
+        batch_invariant: bool = False,
+        invariant_tokens: int | None = None,
+        logit_soft_cap: float | None = None,
+        sliding_window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or not 1 <= num_heads <= NUM_HEADS_MAX:
             raise InvalidValue("num_heads", f"an integer from 1 to {NUM_HEADS_MAX}", num_heads)
         if not math.isfinite(softmax_scale) or softmax_scale <= 0:
@@ -53,12 +74,14 @@ class MLABackend:
         self.num_heads = num_heads
         self.softmax_scale = float(softmax_scale)
         self.limits = Limits(max_tokens, max_batch, max_pages)
+        self.options = Options(batch_invariant, invariant_tokens, logit_soft_cap, sliding_window, sinks is not None)
+        self._sinks = None if sinks is None else _checked_sinks(sinks, memory, num_heads)
         self._serial = 0
         self._cuda: CudaPath | None = None
         if memory.device.type == "cuda":
             from kvmanager.attention.cuda_path import CudaPath
 
-            self._cuda = CudaPath(memory, num_heads, self.softmax_scale, self.limits)
+            self._cuda = CudaPath(memory, num_heads, self.softmax_scale, self.limits, self.options, self._sinks)
 
     @property
     def kernel(self) -> str:
@@ -155,6 +178,9 @@ class MLABackend:
 
         Gives out [num_tokens, heads, rank] and lse [num_tokens, heads]; a token that lists nothing 0 and -inf. Which slots a token may see is
         the caller's to say: nothing is causal here. Splits depend on the shapes alone."""
+        for field, value in asdict(self.options).items():
+            if value:
+                raise InvalidValue(field, "a backend without it: attention to listed slots takes no option", value)
         self._require_current(plan)
         self._require(q, "q", (plan.num_tokens, self.num_heads, self.layout.entry))
         topk = indices.shape[-1] if indices.ndim else 0
@@ -186,7 +212,9 @@ class MLABackend:
         if self._cuda is not None:
             self._cuda.attend(plan, is_decode, layer, q, out, lse)
         else:
-            torch_path.attend_rows(plan, is_decode, pages, q, self.softmax_scale, out, lse, self.layout.scale_of(layer))
+            sink = None if self._sinks is None else self._sinks[layer]
+            stored_scale = self.layout.scale_of(layer)
+            torch_path.attend_rows(plan, is_decode, pages, q, self.softmax_scale, out, lse, stored_scale, self.options, sink)
         return out, lse
 
     def _require_current(self, plan: Plan) -> None:
@@ -208,3 +236,11 @@ class MLABackend:
             raise InvalidValue(field, f"floats {list(shape)} on {device}", f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}")
         if tensor.element_size() == 1 or (tensor.numel() and tensor.stride(-1) != 1):
             raise InvalidValue(field, "16 or 32 bits a value, rows contiguous in memory", f"{tensor.dtype}, stride {tensor.stride(-1)}")
+
+
+def _checked_sinks(sinks: Tensor, memory: PageMemory, num_heads: int) -> Tensor:
+    shape = (memory.layout.num_layers, num_heads)
+    if tuple(sinks.shape) != shape or sinks.dtype != torch.float32 or sinks.device != memory.pages.device:
+        expected = f"float32 {shape} on {memory.pages.device}"
+        raise InvalidValue("sinks", expected, f"{sinks.dtype} {tuple(sinks.shape)} on {sinks.device}")
+    return sinks.contiguous()

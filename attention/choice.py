@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvmanager.attention.layout import LatentLayout
+from kvmanager.attention.options import Options
 from kvmanager.errors import InvalidValue
 
 __all__ = ["Choice", "choose_kernel"]
@@ -27,7 +28,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
 
 
-def choose_kernel(layout: LatentLayout, arch: int, triton_version: str) -> Choice:
+def choose_kernel(layout: LatentLayout, arch: int, triton_version: str, options: Options | None = None) -> Choice:
     """arch: compute capability times ten (90 is Hopper). Raises InvalidValue where no kernel takes the layout."""
     low, high = HOPPER_RANKS
     if layout.is_fp8 and arch < FP8_ARCH_MIN:
@@ -40,6 +41,9 @@ def choose_kernel(layout: LatentLayout, arch: int, triton_version: str) -> Choic
         return Choice("triton", f"kv_lora_rank {layout.kv_lora_rank}: the Hopper kernel takes {low} to {high}")
     if layout.qk_rope_head_dim > HOPPER_ROPE_MAX:
         return Choice("triton", f"qk_rope_head_dim {layout.qk_rope_head_dim}: the Hopper kernel takes at most {HOPPER_ROPE_MAX}")
+    for field in ("logit_soft_cap", "sliding_window"):
+        if options is not None and getattr(options, field) is not None:
+            return Choice("triton", f"{field}: the Hopper kernel has none")
     if not TRITON_VERSIONS[0] <= _version(triton_version) < TRITON_VERSIONS[1]:
         return Choice("triton", f"Triton {triton_version}: the Hopper kernel is compiled under 3.6 to 3.9")
     return Choice("hopper", f"sm_{arch}, {layout.kv_lora_rank} + {layout.qk_rope_head_dim}, {layout.dtype}, Triton {triton_version}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvmanager.attention import reference, torch_path
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
+from kvmanager.attention.options import Options, piece_tokens
 from kvmanager.attention.work import Shape, decode_work, prefill_work
 from kvmanager.tables import BatchTables
 
@@ -28,6 +29,7 @@ __all__ = ["GARBAGE_PAGE", "Problem", "assert_close", "check_attention", "make_p
 GARBAGE_PAGE = 2147480000
 OUT_ABS, OUT_REL, OUT_COSINE = 8e-4, 2.01 / 128, 5e-6
 LSE_ABS, LSE_REL = 1e-6, 8.01 / 65536
+_PLAIN = Options()
 LATENT_SCALE, QUERY_SCALE = 0.1, 3.0  # FlashMLA draws both at 0.1, which leaves the softmax flat; the absolute limits want small values
 
 
@@ -131,19 +133,29 @@ def assert_close(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor) -
         raise AssertionError(f"out: cosine difference {cosine:.2e}, expected at most {OUT_COSINE}")
 
 
-def run_kernels(problem: Problem, layer: int, tile: Tile | None, num_programs: int, causal: bool = True) -> tuple[Tensor, Tensor]:
+def run_kernels(
+    problem: Problem,
+    layer: int,
+    tile: Tile | None,
+    num_programs: int,
+    causal: bool = True,
+    options: Options = _PLAIN,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The attention and merge kernels alone, over the problem's own page tables, garbage entries included; all outputs poisoned first.
 
     tile: of the plain kernel; None runs the Hopper kernel."""
     from kvmanager.kernels import latent_formats, mla_decode, mla_merge
 
     q, pages, tables, layout = problem.q[layer], problem.memory.layer(layer), problem.tables, problem.memory.layout
+    pieces = piece_tokens(options, q.shape[1])
     if tile is None:
         from kvmanager.attention.cuda_path import hopper_shape
 
-        shape = hopper_shape(q.shape[1], problem.memory.layout.kv_lora_rank, num_programs)
+        shape = hopper_shape(q.shape[1], problem.memory.layout.kv_lora_rank, num_programs, pieces)
     else:
-        shape = Shape(q.shape[1], tile.block_rows, tile.block_tokens, num_programs)
+        window = options.sliding_window or 0
+        shape = Shape(q.shape[1], tile.block_rows, tile.block_tokens, num_programs, piece_tiles=pieces // tile.block_tokens, window=window)
     lengths, counts, starts = tables.lengths.astype(np.int64), np.array(problem.query_lens, np.int64), tables.page_indptr[:-1]
     if (counts == 1).all():
         work = decode_work(shape, starts, lengths)
@@ -160,19 +172,30 @@ def run_kernels(problem: Problem, layer: int, tile: Tile | None, num_programs: i
         from kvmanager.kernels import mla_decode_hopper as hopper
 
         described = hopper.describe_pages(pages, rank)
-        hopper.attend(q, described, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, causal)
+        lists = (page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale)
+        hopper.attend(q, described, *lists, causal, options.batch_invariant, sink)
     else:
         stored = latent_formats.view_pages(pages, rank, layout.scale_of(layer))
-        mla_decode.attend(q, stored, page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale, tile, causal)
-    mla_merge.merge(partial_out, partial_lse, merges, out, lse, overlap=tile is None)
+        lists = (page_ids, programs, items, out, lse, partial_out, partial_lse, problem.scale)
+        mla_decode.attend(q, stored, *lists, tile, causal, options.logit_soft_cap, options.sliding_window, sink)
+    mla_merge.merge(partial_out, partial_lse, merges, out, lse, overlap=tile is None, sink=sink, ordered=options.batch_invariant)
     return out, lse
 
 
-def check_attention(problem: Problem, layer: int, out: Tensor, lse: Tensor, causal: bool = True) -> None:
+def check_attention(
+    problem: Problem,
+    layer: int,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool = True,
+    options: Options = _PLAIN,
+    sink: Tensor | None = None,
+) -> None:
     """Compare a whole step's out [tokens, heads, rank] and lse with the float64 reference over the memory as it now is."""
     pages, layout = problem.memory.layer(layer), problem.memory.layout
-    rank, scale, stored_scale = layout.kv_lora_rank, problem.scale, layout.scale_of(layer)
-    want = reference.prefill(problem.q[layer], pages, problem.tables, problem.query_lens, rank, scale, causal, stored_scale)
+    rank, scale, changes = layout.kv_lora_rank, problem.scale, (options.logit_soft_cap, options.sliding_window, sink)
+    stored_scale = layout.scale_of(layer)
+    want = reference.prefill(problem.q[layer], pages, problem.tables, problem.query_lens, rank, scale, causal, stored_scale, *changes)
     assert_close(out, lse, *want)
     unread = problem.unread.to(pages.device)
     untouched = (pages.view(torch.uint8)[unread] == 255).all() if layout.is_fp8 else torch.isnan(pages[unread].float()).all()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvmanager.attention.choice import choose_kernel
 from kvmanager.attention.memory import PageMemory
+from kvmanager.attention.options import Options, piece_tokens
 from kvmanager.attention.plan import Limits, Plan
 from kvmanager.attention.staging import DevicePlan, Staging
 from kvmanager.attention.work import Shape
@@ -18,22 +19,26 @@ from kvmanager.kernels.latent_write import Projection
 __all__ = ["CudaPath", "hopper_shape"]
 
 
-def hopper_shape(num_heads: int, rank: int, num_programs: int) -> Shape:
-    """What a work list for the Hopper kernel is cut for."""
+def hopper_shape(num_heads: int, rank: int, num_programs: int, pieces: int = 0) -> Shape:
+    """What a work list for the Hopper kernel is cut for. pieces: latents between two cuts of a batch-invariant one."""
     from kvmanager.kernels import mla_decode_hopper as hopper
 
-    return Shape(num_heads, hopper.BLOCK_ROWS, hopper.block_tokens(rank), num_programs, split_tiles_min=1, whole_tiles=3)
+    tokens = hopper.block_tokens(rank)
+    return Shape(num_heads, hopper.BLOCK_ROWS, tokens, num_programs, split_tiles_min=1, whole_tiles=3, piece_tiles=pieces // tokens)
 
 
 class CudaPath:
     """Launches one backend's kernels. The partial buffers are shared by all layers and both kinds of rows: stream order keeps them apart."""
 
-    def __init__(self, memory: PageMemory, num_heads: int, scale: float, limits: Limits) -> None:
+    def __init__(
+        self, memory: PageMemory, num_heads: int, scale: float, limits: Limits, options: Options, sinks: Tensor | None = None
+    ) -> None:
         layout, device = memory.layout, memory.device
-        self._memory, self._rank, self._scale = memory, layout.kv_lora_rank, scale
+        self._memory, self._rank, self._scale, self._options, self._sinks = memory, layout.kv_lora_rank, scale, options, sinks
+        pieces = piece_tokens(options, num_heads)
         properties = torch.cuda.get_device_properties(device)
         arch = properties.major * 10 + properties.minor
-        self.kernel, self.why = choose_kernel(layout, arch, mla_decode.TRITON_VERSION)
+        self.kernel, self.why = choose_kernel(layout, arch, mla_decode.TRITON_VERSION, options)
         self._stored = [view_pages(memory.layer(index), self._rank, layout.scale_of(index)) for index in range(layout.num_layers)]
         self._is_fp8 = layout.is_fp8
         self._programs = properties.multi_processor_count
@@ -44,19 +49,28 @@ class CudaPath:
 
             # Made here, once: what TMA must know of a layer's pages never changes, and nothing is made on the step path.
             self._pages = [mla_decode_hopper.describe_pages(memory.layer(index), self._rank) for index in range(layout.num_layers)]
-            shapes = [hopper_shape(num_heads, self._rank, properties.multi_processor_count)] * 2
+            shapes = [hopper_shape(num_heads, self._rank, properties.multi_processor_count, pieces)] * 2
         else:
             self._tiles = [
                 mla_decode.choose_tile(num_heads, layout.kv_lora_rank, layout.qk_rope_head_dim, dtype, arch, several)
                 for several in (False, True)
             ]
+            if pieces:  # whatever step computes a token, it is computed by one tile
+                self._tiles[1] = self._tiles[0]
             shapes = [
-                Shape(num_heads, tile.block_rows, tile.block_tokens, tile.programs_per_sm * properties.multi_processor_count)
+                Shape(
+                    num_heads,
+                    tile.block_rows,
+                    tile.block_tokens,
+                    tile.programs_per_sm * properties.multi_processor_count,
+                    piece_tiles=pieces // tile.block_tokens,
+                    window=options.sliding_window or 0,
+                )
                 for tile in self._tiles
             ]
         self._shapes = shapes
-        self._staging = Staging(limits, shapes[0], shapes[1], device)
-        rows = max(shape.partials_max * shape.block_rows for shape in shapes)
+        self._staging = Staging(limits, shapes[0], shapes[1], layout.page_size, device)
+        rows = self._staging.partials_max * max(shape.block_rows for shape in shapes)
         rows = max(rows, self._programs * self._sparse_tile.programs_per_sm * self._sparse_tile.block_rows)
         self._partial_out = torch.empty(rows * layout.kv_lora_rank, dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(rows, dtype=torch.float32, device=device)
@@ -84,20 +98,22 @@ class CudaPath:
     def attend(self, plan: Plan, is_decode: bool, layer: int, q: Tensor, out: Tensor, lse: Tensor) -> None:
         device = _device_plan(plan)
         kind = 0 if is_decode else 1
-        work = device.decode if is_decode else device.prefill
+        options, sink = self._options, None if self._sinks is None else self._sinks[layer]
         partial_out = self._partial_out.view(-1, self._shapes[kind].block_rows, self._rank)
         partial_lse = self._partial_lse.view(-1, self._shapes[kind].block_rows)
-        if self.kernel == "hopper":
-            from kvmanager.kernels import mla_decode_hopper
-
-            mla_decode_hopper.attend(
-                q, self._pages[layer], device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale
-            )
-        else:
-            pages, tile = self._stored[layer], self._tiles[kind]
-            mla_decode.attend(q, pages, device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale, tile)
         rows_max = q.shape[1] if is_decode else None
-        mla_merge.merge(partial_out, partial_lse, work.merges, out, lse, rows_max, overlap=self.kernel == "hopper")
+        for work in (device.decode,) if is_decode else device.prefill:
+            lists = (device.page_ids, work.programs, work.items, out, lse, partial_out, partial_lse, self._scale)
+            if self.kernel == "hopper":
+                from kvmanager.kernels import mla_decode_hopper
+
+                mla_decode_hopper.attend(q, self._pages[layer], *lists, placed=options.batch_invariant, sink=sink)
+            else:
+                pages, tile = self._stored[layer], self._tiles[kind]
+                mla_decode.attend(q, pages, *lists, tile, soft_cap=options.logit_soft_cap, window=options.sliding_window, sink=sink)
+            mla_merge.merge(
+                partial_out, partial_lse, work.merges, out, lse, rows_max, self.kernel == "hopper", sink, options.batch_invariant
+            )
 
 
 def _device_plan(plan: Plan) -> DevicePlan:

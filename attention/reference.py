@@ -53,20 +53,41 @@ def project(raw: Tensor, weight: Tensor, eps: float, cos_sin: Tensor, positions:
     return torch.cat([kv, k_pe], 1)
 
 
-def attend(q: Tensor, latent: Tensor, rank: int, scale: float, causal: bool = True) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor,
+    latent: Tensor,
+    rank: int,
+    scale: float,
+    causal: bool = True,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Query tokens q [n, heads, entry] over latents [length, entry]; token t sees length - n + t + 1 of them if causal, else all.
 
+    Of these the last `window` only, if there is one. A score s is soft_cap * tanh(s / soft_cap). sink [heads] is one more logit of each head
+    whose value is 0: it scales out, and is not in lse.
     Gives out [n, heads, rank] and lse [n, heads], float64; a token that sees nothing gets 0 and -inf.
     """
     count, length = q.shape[0], latent.shape[0]
     wide = latent.double()
     scores = torch.einsum("thd,ld->thl", q.double(), wide) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    limit = torch.full((count,), length, device=q.device)
     if causal:
-        sees = torch.arange(length, device=q.device)[None, :] < (length - count + 1 + torch.arange(count, device=q.device))[:, None]
-        scores = scores.masked_fill(~sees[:, None, :], float("-inf"))
+        limit = length - count + 1 + torch.arange(count, device=q.device)
+    position = torch.arange(length, device=q.device)[None, :]
+    sees = position < limit[:, None]
+    if window is not None:
+        sees &= position >= limit[:, None] - window
+    scores = scores.masked_fill(~sees[:, None, :], float("-inf"))
     lse = torch.logsumexp(scores, dim=-1) if length else scores.new_full(scores.shape[:2], float("-inf"))
     probability = torch.where(torch.isinf(lse)[..., None], 0.0, torch.exp(scores - lse[..., None]))
-    return torch.einsum("thl,lr->thr", probability, wide[:, :rank]), lse
+    out = torch.einsum("thl,lr->thr", probability, wide[:, :rank])
+    if sink is not None:  # softmax over [scores, sink], the sink's value being 0
+        out = out * torch.sigmoid(torch.where(torch.isinf(lse), 0.0, lse) - sink.double())[..., None]
+    return out, lse
 
 
 def select(pages: Tensor, indices: Tensor) -> Tensor:
@@ -104,12 +125,15 @@ def prefill(
     scale: float,
     causal: bool = True,
     stored_scale: float = 1.0,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """query_lens[b] query tokens of each sequence, one after the other in q [tokens, heads, entry]."""
     parts = []
     for row, part in enumerate(torch.split(q, query_lens)):
         latent = read_latent(gather_latent(pages, tables, row), rank, stored_scale)
-        parts.append(attend(part, latent, rank, scale, causal))
+        parts.append(attend(part, latent, rank, scale, causal, soft_cap, window, sink))
     if not parts:
         return q.new_zeros((0, q.shape[1], rank), dtype=torch.float64), q.new_zeros((0, q.shape[1]), dtype=torch.float64)
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from kvmanager.attention.plan import Limits, Plan
-from kvmanager.attention.work import ITEM_FIELDS, MERGE_FIELDS, Shape, decode_work, prefill_work
+from kvmanager.attention.work import ITEM_FIELDS, MERGE_FIELDS, Shape, decode_work, prefill_waves, prefill_work
 from kvmanager.tables import div_ceil
 
 __all__ = ["DevicePlan", "DeviceWork", "Staging"]
 
 RING_SLOTS = 4  # plans that may be on their way at once
+PREFILL_PIECES_MAX = 2**16  # of a batch-invariant prefill in a step, beyond one for each block of rows: 2 MiB of work list
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,7 @@ class DevicePlan:
     slots: Tensor
     page_ids: Tensor
     decode: DeviceWork
-    prefill: DeviceWork
+    prefill: tuple[DeviceWork, ...]  # launches, one after the other
 
 
 def _aligned(num_bytes: int) -> int:
@@ -49,26 +50,36 @@ def _aligned(num_bytes: int) -> int:
 class Staging:
     """The ring of pinned buffers and the device buffer. A ring slot is refilled only after the event recorded behind its copy."""
 
-    def __init__(self, limits: Limits, decode_shape: Shape, prefill_shape: Shape, device: torch.device) -> None:
+    def __init__(self, limits: Limits, decode_shape: Shape, prefill_shape: Shape, page_size: int, device: torch.device) -> None:
         self._limits, self._decode_shape, self._prefill_shape = limits, decode_shape, prefill_shape
         group, lanes = decode_shape.blocks_per_token, decode_shape.lanes
+        is_fixed = bool(decode_shape.piece_tiles)
+        decode_pieces = limits.max_batch + lanes
         self._merges_max = group * min(lanes, limits.max_batch)
+        if is_fixed:
+            decode_pieces = limits.max_batch + limits.max_pages * page_size // (decode_shape.piece_tiles * decode_shape.block_tokens)
+            self._merges_max = group * limits.max_batch
+            self.partials_max = group * decode_pieces + prefill_shape.num_programs  # the latter: so that waves of prefill are few
+        else:
+            self.partials_max = max(decode_shape.partials_max, prefill_shape.partials_max)
         sizes = (
             4 * (lanes * group + 1),
             4 * MERGE_FIELDS * self._merges_max,
-            4 * ITEM_FIELDS * group * (limits.max_batch + lanes),
+            4 * ITEM_FIELDS * group * decode_pieces,
             8 * limits.max_batch,
         )
         self._offsets = np.cumsum([0, *(_aligned(size) for size in sizes)]).tolist()
         row_blocks = limits.max_tokens * prefill_shape.num_heads // prefill_shape.block_rows + limits.max_batch
         programs = prefill_shape.num_programs
+        self._pieces_max = row_blocks + (PREFILL_PIECES_MAX if is_fixed else programs)
+        waves = 1 + self._pieces_max // max(self.partials_max - decode_pieces, 1) if is_fixed else 1
         self._capacity = (
             self._offsets[4]
             + _aligned(4 * limits.max_pages)
             + _aligned(8 * limits.max_tokens)
-            + _aligned(4 * (programs + 1))
-            + 4 * MERGE_FIELDS * programs
-            + 4 * ITEM_FIELDS * (row_blocks + programs)
+            + waves * _aligned(4 * (programs + 1))
+            + 4 * MERGE_FIELDS * (row_blocks if is_fixed else programs)
+            + 4 * ITEM_FIELDS * self._pieces_max
         )
         self.buffer = torch.zeros(self._capacity, dtype=torch.uint8, device=device)
         # All of it, whatever is used: an empty view has no address, and a graph captured with one would keep that.
@@ -100,21 +111,25 @@ class Staging:
         _, cursor = self._put(host, self._offsets[4], plan.page_ids)
         if not small:
             slots, cursor = self._put(host, cursor, plan.slots)
-        prefill = decode  # never launched so
+        launches = []
         if plan.num_prefill:
             tail = slice(rows, plan.batch)
             first_tokens = plan.query_starts[tail] - plan.num_decode
-            several = prefill_work(
-                self._prefill_shape, plan.page_starts[:-1][tail], plan.lengths[tail], plan.query_lens[tail], first_tokens
-            )
-            views = []
-            for array in (several.programs, several.items, several.merges):
-                view, cursor = self._put(host, cursor, array)
-                views.append(view)
-            prefill = DeviceWork(*views)
+            starts, lengths, counts = plan.page_starts[:-1][tail], plan.lengths[tail], plan.query_lens[tail]
+            shape = self._prefill_shape
+            if shape.piece_tiles:
+                several = prefill_waves(shape, starts, lengths, counts, first_tokens, self.partials_max, self._pieces_max)
+            else:
+                several = [prefill_work(shape, starts, lengths, counts, first_tokens)]
+            for work in several:
+                views = []
+                for array in (work.programs, work.items, work.merges):
+                    view, cursor = self._put(host, cursor, array)
+                    views.append(view)
+                launches.append(DeviceWork(*views))
         self.buffer[:cursor].copy_(self._pinned[index][:cursor], non_blocking=True)
         event.record(torch.cuda.current_stream(self.buffer.device))
-        return DevicePlan(slots, self._page_ids, decode, prefill)
+        return DevicePlan(slots, self._page_ids, decode, tuple(launches))
 
     def _put(self, host: np.ndarray, offset: int, array: np.ndarray) -> tuple[Tensor, int]:
         """Write an array at a byte offset of the host buffer; gives its device view and the offset behind it."""

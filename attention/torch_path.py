@@ -1,6 +1,7 @@
 """The backend's arithmetic in plain torch, for CPU tensors: float32 inside, any entry dtype outside.
 
-One sequence at a time, so a sequence gives the same bits whatever else is in the batch.
+One sequence at a time, so a sequence gives the same bits whatever else is in the batch. Under batch_invariant one query token at a time as
+well: a matrix product's bits may depend on how many rows it has, and so on how a prompt is cut into steps.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from kvmanager.attention.layout import DS_MLA_DIMS, DS_MLA_GROUP
+from kvmanager.attention.options import Options
 from kvmanager.attention.plan import Plan
 
-__all__ = ["attend_rows", "attend_selected", "encode", "project", "read_latent", "write_latent"]
+__all__ = ["attend_rows", "attend_selected", "attend_sequence", "encode", "project", "read_latent", "write_latent"]
 
 SCORES_MAX = 2**23  # float32 scores held at a time: 32 MiB
 E4M3_MAX = 448.0
 GROUP_SCALE_MIN = 2.0**-13
+_PLAIN = Options()
 
 
 def write_latent(latent: Tensor, slots: Tensor, pages: Tensor, scale: float = 1.0) -> None:
@@ -77,35 +80,71 @@ def project(raw: Tensor, weight: Tensor, eps: float, cos_sin: Tensor, positions:
 
 
 def attend_rows(
-    plan: Plan, is_decode: bool, pages: Tensor, q: Tensor, scale: float, out: Tensor, lse: Tensor, stored_scale: float = 1.0
+    plan: Plan,
+    is_decode: bool,
+    pages: Tensor,
+    q: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    stored_scale: float = 1.0,
+    options: Options = _PLAIN,
+    sink: Tensor | None = None,
 ) -> None:
     """Causal absorbed attention of the plan's decode rows, or of the others. q, out and lse hold the tokens of those rows only."""
     rows, first_token = (range(plan.num_decode), 0) if is_decode else (range(plan.num_decode, plan.batch), plan.num_decode)
-    rank = out.shape[-1]
     for row in rows:
         length, count = int(plan.lengths[row]), int(plan.query_lens[row])
         start = int(plan.query_starts[row]) - first_token
-        if length == 0:
-            out[start : start + count] = 0
-            lse[start : start + count] = float("-inf")
-            continue
         ids = torch.from_numpy(plan.page_ids[plan.page_starts[row] : plan.page_starts[row + 1]])
         kept = _take(pages, ids).flatten(0, 1)[:length]  # cut before any arithmetic: the rest may be NaN
-        latent = read_latent(kept, rank, stored_scale)
-        heads = q.shape[1]
-        step = max(1, SCORES_MAX // (heads * length))
-        for begin in range(0, count, step):
-            end = min(begin + step, count)
-            seen = length - count + end  # no row of this chunk sees past it
-            part = latent[:seen]
-            scores = (q[start + begin : start + end].float().flatten(0, 1) @ part.T).unflatten(0, (end - begin, heads)) * scale
-            if end - begin > 1:
-                limit = torch.arange(length - count + begin, length - count + end)
-                scores.masked_fill_(torch.arange(seen) > limit[:, None, None], float("-inf"))
-            norm = torch.logsumexp(scores, dim=-1)
-            lse[start + begin : start + end] = norm
-            probability = torch.exp(scores - norm[..., None]).flatten(0, 1)
-            out[start + begin : start + end] = (probability @ part[:, :rank]).unflatten(0, (end - begin, heads)).to(out.dtype)
+        latent = read_latent(kept, out.shape[-1], stored_scale)
+        part = slice(start, start + count)
+        attend_sequence(q[part], latent, scale, out[part], lse[part], True, options, sink)
+
+
+def attend_sequence(
+    q: Tensor,
+    latent: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool = True,
+    options: Options = _PLAIN,
+    sink: Tensor | None = None,
+) -> None:
+    """Query tokens q [n, heads, entry] over latent float32 [length, entry] into out [n, heads, rank] and lse [n, heads].
+
+    Token t sees length - n + t + 1 latents if causal, else all; one that sees nothing gets 0 and -inf."""
+    (count, heads, _), length, rank = q.shape, latent.shape[0], out.shape[-1]
+    step = 1 if options.batch_invariant else max(1, SCORES_MAX // max(heads * length, 1))
+    for begin in range(0, count, step):
+        end = min(begin + step, count)
+        seen = max(length - count + end, 0) if causal else length  # no token of this chunk sees past it
+        first = 0
+        if options.sliding_window is not None:
+            first = max((length - count + begin + 1 if causal else length) - options.sliding_window, 0)
+        part = latent[first:seen]
+        if not len(part):
+            out[begin:end] = 0
+            lse[begin:end] = float("-inf")
+            continue
+        scores = (q[begin:end].float().flatten(0, 1) @ part.T).unflatten(0, (end - begin, heads)) * scale
+        if options.logit_soft_cap is not None:
+            scores = options.logit_soft_cap * torch.tanh(scores / options.logit_soft_cap)
+        if end - begin > 1 and causal:
+            position = torch.arange(first, seen)
+            limit = torch.arange(length - count + begin, length - count + end)[:, None, None]
+            hidden = position > limit
+            if options.sliding_window is not None:
+                hidden |= position <= limit - options.sliding_window
+            scores.masked_fill_(hidden, float("-inf"))
+        norm = torch.logsumexp(scores, dim=-1)
+        lse[begin:end] = norm
+        probability = torch.exp(scores - torch.where(torch.isinf(norm), 0.0, norm)[..., None])
+        if sink is not None:
+            probability *= torch.sigmoid(norm - sink)[..., None]
+        out[begin:end] = (probability.flatten(0, 1) @ part[:, :rank]).unflatten(0, (end - begin, heads)).to(out.dtype)
 
 
 def attend_selected(pages: Tensor, q: Tensor, indices: Tensor, scale: float, out: Tensor, lse: Tensor, stored_scale: float = 1.0) -> None:

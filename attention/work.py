@@ -3,6 +3,9 @@
 A unit is a stretch of work that shares its latents: `group` blocks of rows that read the same latents at the same time, so that neighbouring
 programs find them in the L2 cache. Programs stand in lanes of `group`; the units lie end to end on a line that is cut into one equal piece a
 lane. A lane has at most two units that it shares with others, so the partial results are bounded by the lanes, not by batch times splits.
+
+Where a line is cut depends on the whole batch, and so do the last bits of the results. Shapes with `piece_tiles` (batch invariance) are cut at
+multiples of it in the sequence and nowhere else; only which lane runs a piece depends on the batch, and that changes no bits.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvmanager.attention.plan import ragged_arange
+from kvmanager.errors import InvalidValue
 from kvmanager.tables import div_ceil
 
-__all__ = ["ITEM_FIELDS", "MERGE_FIELDS", "Shape", "WorkList", "decode_work", "prefill_work"]
+__all__ = ["ITEM_FIELDS", "MERGE_FIELDS", "Shape", "WorkList", "decode_work", "prefill_waves", "prefill_work"]
 
 ITEM_FIELDS = 8  # page_start, first_token, query_len, length, row, begin, end, partial slot or -1
 MERGE_FIELDS = 8  # first_token, query_len, row, first partial, partial count, 3 unused
@@ -31,6 +36,8 @@ class Shape:
     num_programs: int
     split_tiles_min: int = SPLIT_TILES_MIN
     whole_tiles: int = 0  # nothing is cut if that makes no lane longer than its share by more than this: a merge costs about as much
+    piece_tiles: int = 0  # cut at multiples of so many tiles of the sequence, and nowhere else; 0: where the lanes end
+    window: int = 0  # latents that a query token sees, the last ones; 0: all
 
     @property
     def blocks_per_token(self) -> int:
@@ -44,7 +51,7 @@ class Shape:
 
     @property
     def partials_max(self) -> int:
-        """Partial slots that any work list of this shape needs at most."""
+        """Partial slots that any work list of this shape needs at most, if its sequences are cut where the lanes end."""
         return 2 * max(self.lanes * self.blocks_per_token, self.num_programs)
 
 
@@ -98,14 +105,51 @@ def _cut(shape: Shape, tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.nd
     return piece_unit, piece_begin, piece_end, np.searchsorted(place, pieces, side="right")
 
 
+def _pieces_of(shape: Shape, skip: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """How many pieces each unit has if cut at multiples of piece_tiles: one at least."""
+    return np.maximum(-(-tiles // shape.piece_tiles) - skip // shape.piece_tiles, 1)
+
+
+def _cut_evenly(shape: Shape, skip: np.ndarray, tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """As _cut, but at multiples of piece_tiles. Longest first, each round of pieces goes to the lanes in order of what they have."""
+    unit, nth = ragged_arange(_pieces_of(shape, skip, tiles))
+    begin = (skip // shape.piece_tiles)[unit] * shape.piece_tiles + nth * shape.piece_tiles
+    end = np.minimum(begin + shape.piece_tiles, tiles[unit])
+    begin = np.minimum(np.maximum(begin, skip[unit]), end)
+    cost = end - begin + OVERHEAD_TILES
+    whole, order = np.flatnonzero(end - begin == shape.piece_tiles), np.flatnonzero(end - begin < shape.piece_tiles)
+    lane = np.empty(len(unit), np.int64)
+    lane[whole] = np.arange(len(whole)) % lanes  # the longest, and all alike
+    load = np.bincount(lane[whole], minlength=lanes) * (shape.piece_tiles + OVERHEAD_TILES)
+    order = order[np.argsort(-cost[order], kind="stable")]
+    for first in range(0, len(order), lanes):
+        some = order[first : first + lanes]
+        least = np.argsort(load, kind="stable")[: len(some)]
+        lane[some] = least
+        load[least] += cost[some]
+    return unit, begin, end, lane
+
+
+def _skipped(shape: Shape, first_seen: np.ndarray) -> np.ndarray:
+    """Tiles of each unit that lie before all that its first row sees."""
+    if not shape.window:
+        return np.zeros(len(first_seen), np.int64)
+    return np.maximum(first_seen - shape.window, 0) // shape.block_tokens
+
+
 def _work(shape: Shape, group: int, lanes: int, num_programs: int, units: np.ndarray) -> WorkList:
-    """units int64 [n, 6]: page_start, first_token, query_len, length, first row, positions seen by its last row."""
+    """units int64 [n, 7]: page_start, first_token, query_len, length, first row, positions seen by its last row, tiles to skip."""
     if not len(units):
         return WorkList(
             np.zeros(num_programs + 1, np.int32), np.zeros((0, ITEM_FIELDS), np.int32), np.zeros((0, MERGE_FIELDS), np.int32), 0
         )
     tiles = -(-units[:, 5] // shape.block_tokens)
-    unit, begin, end, lane = _cut(shape, tiles, lanes)
+    skip = np.minimum(units[:, 6], tiles)
+    if shape.piece_tiles:
+        unit, begin, end, lane = _cut_evenly(shape, skip, tiles, lanes)
+    else:
+        unit, begin, end, lane = _cut(shape, tiles - skip, lanes)
+        begin, end = begin + skip[unit], end + skip[unit]
     pieces = np.bincount(unit, minlength=len(units))
     first_piece = np.cumsum(pieces) - pieces
     split = pieces > 1
@@ -121,7 +165,7 @@ def _work(shape: Shape, group: int, lanes: int, num_programs: int, units: np.nda
     items[:, :, 6] = np.minimum(end * shape.block_tokens, units[unit, 5])[:, None]
     items[:, :, 7] = np.where(split[unit, None], (first_partial[unit] + nth)[:, None] + member * pieces[unit, None], -1)
     flat = items.reshape(-1, ITEM_FIELDS)
-    if group > 1:  # in order of program: lane, then place in the group
+    if group > 1 or shape.piece_tiles:  # in order of program: lane, then place in the group
         flat = flat[np.argsort((lane[:, None] * group + member).ravel(), kind="stable")]
     programs = np.zeros(num_programs + 1, np.int32)
     np.cumsum(np.repeat(np.bincount(lane, minlength=num_programs // group), group), out=programs[1:])
@@ -138,27 +182,61 @@ def _work(shape: Shape, group: int, lanes: int, num_programs: int, units: np.nda
 def decode_work(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray) -> WorkList:
     """One query token a sequence: token b of the launch belongs to sequence b. All its heads read the same latents."""
     batch = len(lengths)
-    units = np.zeros((batch, 6), np.int64)
+    units = np.zeros((batch, 7), np.int64)
     units[:, 0] = page_starts
     units[:, 1] = np.arange(batch)
     units[:, 2] = 1
     units[:, 3] = units[:, 5] = lengths
+    units[:, 6] = _skipped(shape, units[:, 5])
     group = shape.blocks_per_token
     return _work(shape, group, shape.lanes, shape.lanes * group, units)
+
+
+def _blocks(
+    shape: Shape, page_starts: np.ndarray, lengths: np.ndarray, query_lens: np.ndarray, first_tokens: np.ndarray, causal: bool
+) -> np.ndarray:
+    """The units of several query tokens a sequence: each block of rows is one of its own."""
+    rows = query_lens * shape.num_heads
+    blocks = -(-rows // shape.block_rows)
+    owner = np.repeat(np.arange(len(blocks)), blocks)
+    nth = np.arange(len(owner)) - (np.cumsum(blocks) - blocks)[owner]
+    row = nth * shape.block_rows
+    units = np.empty((len(owner), 7), np.int64)
+    units[:, 0], units[:, 1], units[:, 2], units[:, 3] = page_starts[owner], first_tokens[owner], query_lens[owner], lengths[owner]
+    units[:, 4] = row
+    last_token = (np.minimum(row + shape.block_rows, rows[owner]) - 1) // shape.num_heads
+    units[:, 5] = np.maximum(lengths[owner] - query_lens[owner] + last_token + 1, 0) if causal else lengths[owner]
+    units[:, 6] = _skipped(shape, lengths[owner] - query_lens[owner] + row // shape.num_heads + 1)
+    return units
 
 
 def prefill_work(
     shape: Shape, page_starts: np.ndarray, lengths: np.ndarray, query_lens: np.ndarray, first_tokens: np.ndarray, causal: bool = True
 ) -> WorkList:
     """query_lens[b] query tokens of sequence b, from token first_tokens[b] of the launch on. Each block of rows is a unit of its own."""
-    rows = query_lens * shape.num_heads
-    blocks = -(-rows // shape.block_rows)
-    owner = np.repeat(np.arange(len(blocks)), blocks)
-    nth = np.arange(len(owner)) - (np.cumsum(blocks) - blocks)[owner]
-    row = nth * shape.block_rows
-    units = np.empty((len(owner), 6), np.int64)
-    units[:, 0], units[:, 1], units[:, 2], units[:, 3] = page_starts[owner], first_tokens[owner], query_lens[owner], lengths[owner]
-    units[:, 4] = row
-    last_token = (np.minimum(row + shape.block_rows, rows[owner]) - 1) // shape.num_heads
-    units[:, 5] = np.maximum(lengths[owner] - query_lens[owner] + last_token + 1, 0) if causal else lengths[owner]
+    units = _blocks(shape, page_starts, lengths, query_lens, first_tokens, causal)
     return _work(shape, 1, shape.num_programs, shape.num_programs, units)
+
+
+def prefill_waves(
+    shape: Shape,
+    page_starts: np.ndarray,
+    lengths: np.ndarray,
+    query_lens: np.ndarray,
+    first_tokens: np.ndarray,
+    partials_max: int,
+    pieces_max: int,
+) -> list[WorkList]:
+    """prefill_work of a shape with piece_tiles, as launches one after the other, none of which needs more than partials_max slots.
+
+    Raises InvalidValue if the step has more pieces than pieces_max."""
+    units = _blocks(shape, page_starts, lengths, query_lens, first_tokens, True)
+    tiles = -(-units[:, 5] // shape.block_tokens)
+    pieces = _pieces_of(shape, np.minimum(units[:, 6], tiles), tiles)
+    if (total := int(pieces.sum())) > pieces_max:
+        wide = f"at most {pieces_max} pieces of {shape.piece_tiles * shape.block_tokens} latents in a step under batch_invariant"
+        raise InvalidValue("query_lens", f"{wide} (a prefill in several steps gives the same bits)", f"{total} pieces")
+    most = int(pieces.max(initial=1))
+    wave = (np.cumsum(pieces) - pieces) // max(partials_max - most, 1)
+    starts = np.flatnonzero(np.diff(wave, prepend=-1))
+    return [_work(shape, 1, shape.num_programs, shape.num_programs, part) for part in np.split(units, starts[1:]) if len(part)]

@@ -26,7 +26,7 @@ from measure import COLD_BYTES, Times, multiplying, print_header, rested_ms
 from peers import flashmla
 
 from kvmanager.attention.backend import MLABackend
-from kvmanager.attention.compare import check_attention, make_problem
+from kvmanager.attention.compare import Problem, check_attention, make_problem
 from kvmanager.attention.layout import LatentLayout
 
 SHAPES = [
@@ -37,7 +37,8 @@ SHAPES = [
 SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(r?)(?:q(\d+))?(?:d(\d+)\+(\d+))?(?:p(\d+))?")
 
 
-def bench(shape: str, bandwidth: float, matmul: Times) -> dict[str, object]:
+def problem_of(shape: str) -> tuple[Problem, int]:
+    """A problem of one of the shapes above, written, over layers enough that they don't fit the L2 cache; and its query tokens a sequence."""
     match = SHAPE.fullmatch(shape)
     if match is None:
         raise SystemExit(f"shape: expected BATCHxHEADSxLENGTH, then r, qN, dRANK+ROPE, pPAGE as needed, got {shape}")
@@ -51,9 +52,22 @@ def bench(shape: str, bandwidth: float, matmul: Times) -> dict[str, object]:
     layout = LatentLayout(rank, rope, 1, page_size)
     num_layers = max(1, min(32, -(-COLD_BYTES // (sum(lengths) * layout.slot_bytes))))
     layout = LatentLayout(rank, rope, num_layers, page_size)
-    problem = make_problem(layout, lengths, [query_len] * batch, heads, "cuda", written=True)
-    max_pages = sum(-(-length // page_size) for length in lengths)
-    backend = MLABackend(problem.memory, heads, problem.scale, max_tokens=batch * query_len, max_batch=batch, max_pages=max_pages)
+    return make_problem(layout, lengths, [query_len] * batch, heads, "cuda", written=True), query_len
+
+
+def backend_of(problem: Problem, **options: bool | int) -> MLABackend:
+    """A backend whose limits just hold the problem."""
+    lengths, tokens = problem.tables.lengths.tolist(), sum(problem.query_lens)
+    max_pages = sum(-(-length // problem.memory.layout.page_size) for length in lengths)
+    heads = problem.q.shape[2]
+    return MLABackend(problem.memory, heads, problem.scale, max_tokens=tokens, max_batch=len(lengths), max_pages=max_pages, **options)  # type: ignore[arg-type]
+
+
+def bench(shape: str, bandwidth: float, matmul: Times) -> dict[str, object]:
+    problem, query_len = problem_of(shape)
+    layout, heads, lengths, batch = problem.memory.layout, problem.q.shape[2], problem.tables.lengths.tolist(), problem.tables.batch
+    num_layers = layout.num_layers
+    backend = backend_of(problem)
     graph_batch = batch if query_len == 1 else None
     attend = backend.decode if query_len == 1 else backend.prefill
     plan = backend.plan(problem.tables, problem.query_lens, graph_batch=graph_batch)

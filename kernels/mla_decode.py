@@ -74,6 +74,9 @@ def attend(
     scale: float,
     tile: Tile,
     causal: bool = True,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    sink: Tensor | None = None,
 ) -> None:
     """Run a work list over one layer.
 
@@ -86,6 +89,10 @@ def attend(
     out          [num_tokens, heads, rank]       dtype of q, contiguous; rows of unsplit items are written here
     lse          [num_tokens, heads]             float32, contiguous; natural log
     partial_out  [num_partials, block_rows, rank]  float32; partial_lse [num_partials, block_rows]: rows of split items
+
+    soft_cap     scores s become soft_cap * tanh(s / soft_cap)
+    window       a query token sees so many positions at most, its own or the last one (not causal) included
+    sink         float32 [heads]: out is scaled by exp(lse) / (exp(lse) + exp(sink)); lse and partials stay without it
 
     Query token t of an item sees positions up to length - query_len + t if causal, else all. A row that sees nothing gives 0 and -inf.
     One launch of a fixed grid, no allocation, no host sync: safe under graph capture, replayable with new work lists. No atomics."""
@@ -104,9 +111,12 @@ def attend(
         lse,
         partial_out,
         partial_lse,
+        sink if sink is not None else lse,
         scale * stored_scale * 1.4426950408889634,  # exp2 inside
+        (soft_cap or 1.0) * 1.4426950408889634,
         stored_scale,
         q.shape[1],
+        window or 0,
         q.stride(0),
         q.stride(1),
         values.stride(0),
@@ -125,13 +135,16 @@ def attend(
         BLOCK_ROWS=tile.block_rows,
         BLOCK_TOKENS=tile.block_tokens,
         IS_CAUSAL=causal,
+        HAS_CAP=soft_cap is not None,
+        HAS_WINDOW=window is not None,
+        HAS_SINK=sink is not None,
         IS_WIDE=tile.num_warps == 8 and tile.block_rows == 64,  # two warpgroups of wgmma
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
 
 
-@triton.jit(do_not_specialize=["num_heads"])
+@triton.jit(do_not_specialize=["num_heads", "window"])
 def _attend_kernel(
     q_ptr,
     values_ptr,
@@ -144,9 +157,12 @@ def _attend_kernel(
     lse_ptr,
     partial_out_ptr,
     partial_lse_ptr,
+    sink_ptr,
     scale_log2,
+    cap_log2,
     stored_scale,
     num_heads,
+    window,
     stride_q_token,
     stride_q_head,
     stride_values_page,
@@ -165,6 +181,9 @@ def _attend_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINK: tl.constexpr,
     IS_WIDE: tl.constexpr,
 ):
     first = tl.load(programs_ptr + tl.program_id(0))
@@ -188,7 +207,8 @@ def _attend_kernel(
         is_row = row < query_len * num_heads
         token = row // num_heads
         head = row % num_heads
-        limit = tl.where(IS_CAUSAL, tl.minimum(length - query_len + token + 1, end), tl.minimum(length, end))
+        sees = tl.where(IS_CAUSAL, length - query_len + token + 1, length)
+        limit = tl.minimum(sees, end)
         token = (first_token + token).to(tl.int64)
 
         q_row_ptr = q_ptr + token * stride_q_token + head.to(tl.int64) * stride_q_head
@@ -234,12 +254,20 @@ def _attend_kernel(
                 probability = score.to(kv.dtype)
                 keep = total
                 if num_heads > 0:
+                    if HAS_CAP:
+                        score = _capped(score, cap_log2)
                     score = tl.where((start + block_token)[None, :] < limit[:, None], score, float("-inf"))
+                    if HAS_WINDOW:
+                        score = tl.where((start + block_token)[None, :] >= (sees - window)[:, None], score, float("-inf"))
                     probability, keep, top, total = _softmax(score, top, total, kv.dtype)
             else:
                 score = tl.dot(q, tl.trans(kv), input_precision="ieee")
                 score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="ieee") * scale_log2
+                if HAS_CAP:
+                    score = _capped(score, cap_log2)
                 score = tl.where((start + block_token)[None, :] < limit[:, None], score, float("-inf"))
+                if HAS_WINDOW:
+                    score = tl.where((start + block_token)[None, :] >= (sees - window)[:, None], score, float("-inf"))
                 probability, keep, top, total = _softmax(score, top, total, kv.dtype)
             acc = tl.dot(probability, kv, acc * keep[:, None], input_precision="ieee")
 
@@ -251,12 +279,25 @@ def _attend_kernel(
         is_value = is_row[:, None] & (column < RANK)[None, :]
         if partial < 0:
             out_row = token * num_heads + head
+            if HAS_SINK:
+                above = tl.load(sink_ptr + head) - tl.where(seen, norm, 0.0)
+                value = value / (1.0 + tl.exp2(above * 1.4426950408889634))[:, None]
             tl.store(out_ptr + out_row[:, None] * RANK + column[None, :], value.to(out_ptr.dtype.element_ty), mask=is_value)
             tl.store(lse_ptr + out_row, norm, mask=is_row)
         else:
             partial_row = partial.to(tl.int64) * BLOCK_ROWS + block_row
             tl.store(partial_out_ptr + partial_row[:, None] * RANK + column[None, :], value, mask=is_value)
             tl.store(partial_lse_ptr + partial_row, norm, mask=is_row)
+
+
+@triton.jit
+def _capped(score, cap):
+    """cap * tanh(score / cap), both in log2."""
+    x = score / cap
+    square = x * x
+    # Near 0 the difference below loses its digits; the series is good to 3e-8 up to 0.3.
+    near = score * (1.0 - square * (0.3333333333 - square * (0.1333333333 - square * (0.0539682540 - square * 0.0218694885))))
+    return tl.where(square < 0.09, near, cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))))
 
 
 @triton.jit

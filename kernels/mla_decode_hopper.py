@@ -9,7 +9,7 @@ one the second. Latents are taken as pairs of tiles that stay in shared memory f
 so that one's softmax runs under the other's matrix products. P0, P1 and the running maxima cross through shared memory. A third partition of
 one warp loads: it asks the tensor memory accelerator (TMA) for each half tile as soon as both of its readers are done with it.
 
-TMA fills with zeros what lies outside of a page, at either end. A tile that is not full is fetched from that many rows earlier, so that its
+TMA fills with zeros what lies outside of a page, at either end. Unless `placed`, a tile that is not full is fetched from that many rows earlier, so that its
 latents come last and rows of zeros stand before them: a slot that nobody wrote is never read, and nothing has to be cleared (0 x NaN).
 
 A row's maximum is kept until a score exceeds it by LAZY_TOP in log2: then, and only then, what was summed so far is scaled. Probabilities are
@@ -99,7 +99,7 @@ def _group(rank: int) -> int:
     return min(128, _block_rank(rank) // 2)
 
 
-def constants(rank: int, rope: int, page_size: int, causal: bool) -> dict[str, int | bool]:
+def constants(rank: int, rope: int, page_size: int, causal: bool, placed: bool = False, has_sink: bool = False) -> dict[str, int | bool]:
     """What the kernel is compiled for."""
     return {
         "PAGE_SIZE": page_size,
@@ -109,6 +109,8 @@ def constants(rank: int, rope: int, page_size: int, causal: bool) -> dict[str, i
         "BLOCK_ROPE": triton.next_power_of_2(rope),
         "TILE": _tile(rank),
         "IS_CAUSAL": causal,
+        "IS_PLACED": placed,
+        "HAS_SINK": has_sink,
     }
 
 
@@ -124,6 +126,8 @@ def attend(
     partial_lse: Tensor,
     scale: float,
     causal: bool = True,
+    placed: bool = False,
+    sink: Tensor | None = None,
 ) -> None:
     """Run a work list over one layer. As mla_decode.attend, but for
 
@@ -131,6 +135,10 @@ def attend(
                                              to the next, and a base at one: a q that has none is copied first
     pages        describe_pages of the layer
     items        `begin` is a multiple of block_tokens, `row` of BLOCK_ROWS
+    placed       a latent's column within its tile depends on its position alone, not on where the item ends: a row's bits then depend on
+                 what it sees and on `begin`, not on the rows beside it. Slots behind `end` of a page that the item reads are loaded,
+                 and zeros put in their place before they are multiplied
+    sink         float32 [heads], as in mla_decode.attend
 
     One launch of a fixed grid, no allocation, no host sync: safe under graph capture, replayable with new work lists. No atomics."""
     rank, rope = out.shape[-1], q.shape[-1] - out.shape[-1]
@@ -148,10 +156,11 @@ def attend(
         lse,
         partial_out,
         partial_lse,
+        sink if sink is not None else lse,
         scale * 1.4426950408889634,  # exp2 inside
         q.shape[1],
         num_warps=NUM_WARPS,
-        **constants(rank, rope, pages.page_size, causal),
+        **constants(rank, rope, pages.page_size, causal, placed, sink is not None),
     )
 
 
@@ -208,22 +217,50 @@ def _load_item(items_ptr, index):
 
 
 @gluon.jit
-def _mask(score, start, row0, query_len, length, end, num_heads, BOX: gl.constexpr, IS_CAUSAL: gl.constexpr):
+def _mask(score, start, row0, query_len, length, end, num_heads, BOX: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_PLACED: gl.constexpr):
     """-inf where a column of the tile at `start` holds no latent of the item, or one that the row must not see."""
     TILE: gl.constexpr = score.shape[1]
     LAYOUT: gl.constexpr = score.type.layout
     column = gl.arange(0, TILE, layout=gl.SliceLayout(0, LAYOUT))
-    have = gl.minimum(gl.maximum(end - start, 0), TILE)
-    whole = have // BOX * BOX  # columns of full boxes; the next box has its latents last
-    shift = BOX - have % BOX
-    in_next = (column >= whole + shift) & (column < whole + BOX)
-    position = gl.where(column < whole, start + column, gl.where(in_next, start + column - shift, 0x7FFFFFFF))
+    if IS_PLACED:
+        position = start + column
+    else:
+        have = gl.minimum(gl.maximum(end - start, 0), TILE)
+        whole = have // BOX * BOX  # columns of full boxes; the next box has its latents last
+        shift = BOX - have % BOX
+        in_next = (column >= whole + shift) & (column < whole + BOX)
+        position = gl.where(column < whole, start + column, gl.where(in_next, start + column - shift, 0x7FFFFFFF))
     row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     if IS_CAUSAL:
         limit = gl.minimum(length - query_len + row // num_heads + 1, end)
     else:
         limit = gl.full([64], 0, gl.int32, gl.SliceLayout(1, LAYOUT)) + gl.minimum(length, end)
     return gl.where(gl.expand_dims(position, 0) < gl.expand_dims(limit, 1), score, float("-inf"))
+
+
+@gluon.jit
+def _clear_values(
+    memory, start, end,
+    TILE_INDEX: gl.constexpr, GROUPS: gl.constexpr, IS_PLACED: gl.constexpr,
+):  # fmt: skip
+    """Under IS_PLACED, zeros in place of the latents of a tile from `end` on: nobody wrote some of them, and 0 x NaN is NaN.
+
+    memory: one half of the columns, which only this warpgroup multiplies probabilities by. The other may read scores from it meanwhile:
+    those of such columns are masked, whatever they are."""
+    TILE: gl.constexpr = memory.shape[1]
+    if IS_PLACED:  # noqa: SIM102 (known when it is compiled, the other is not)
+        if start + TILE > end:
+            LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            row = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
+            zero = _opaque_zero()
+            for n in gl.static_range(GROUPS):
+                group = memory.index(TILE_INDEX * GROUPS + n + zero)
+                for piece in gl.static_range(memory.shape[2] // 64):
+                    part = group.slice(piece * 64, 64, dim=1)
+                    value = part.load(LAYOUT)
+                    part.store(gl.where(gl.expand_dims(row < end, 1), value, gl.zeros_like(value)))
+            fence_async_shared()
+            _barrier()
 
 
 @gluon.jit
@@ -273,18 +310,34 @@ def _store_rows(ptr, value, rows, RANK: gl.constexpr, IS_RIGHT: gl.constexpr):
 
 
 @gluon.jit
-def _store(acc, top, total, first_token, query_len, row0, partial, num_heads, outputs, RANK: gl.constexpr, IS_RIGHT: gl.constexpr):
+def _store(
+    acc,
+    top,
+    total,
+    first_token,
+    query_len,
+    row0,
+    partial,
+    num_heads,
+    outputs,
+    RANK: gl.constexpr,
+    IS_RIGHT: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+):
     """Rows of an item that is not split to the output, those of one that is to its partial slot; 16 bytes a thread at a time.
 
     The order of these lines is worth 3 % at 128 x 128 x 4,096: with the exchange inside of _store_rows ptxas keeps the thread's place in
     uniform registers, and the loop above waits for them."""
-    out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr = outputs
+    out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, sink_ptr = outputs
     seen = total > 0
     acc = acc * gl.expand_dims(gl.where(seen, 1.0 / total, 0.0), 1)
     norm = gl.where(seen, (top + gl.log2(total)) * 0.6931471805599453, float("-inf"))
     row = gl.arange(0, 64, layout=total.type.layout)
     rows = query_len * num_heads - row0
     if partial < 0:
+        if HAS_SINK:
+            above = gl.load(sink_ptr + (row0 + row) % num_heads) - gl.where(seen, norm, 0.0)
+            acc = acc / gl.expand_dims(1.0 + gl.exp2(above * 1.4426950408889634), 1)
         base = first_token.to(gl.int64) * num_heads + row0
         value = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), _store_layout(acc.shape[1], 8))
         _store_rows(out_ptr + base * RANK, value, rows, RANK, IS_RIGHT)
@@ -300,7 +353,7 @@ def _store(acc, top, total, first_token, query_len, row0, partial, num_heads, ou
 @gluon.jit
 def _left(
     memory, exchange, full, free, turns, programs, items_ptr, outputs, scale_log2, num_heads,
-    RANK: gl.constexpr, BLOCK_ROPE: gl.constexpr, BOX: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    RANK: gl.constexpr, BLOCK_ROPE: gl.constexpr, BOX: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_PLACED: gl.constexpr, HAS_SINK: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile 0, and the left half of the output."""
     q, q_rope, left, right, rope = memory
@@ -351,7 +404,7 @@ def _left(
             if pair == pairs - 1:
                 mbarrier.arrive(q_free, count=1)
             if start + 2 * TILE > clear:
-                score = _mask(score, start, row0, query_len, length, end, num_heads, BOX, IS_CAUSAL)
+                score = _mask(score, start, row0, query_len, length, end, num_heads, BOX, IS_CAUSAL, IS_PLACED)
             top0 = _raise_top(top, gl.convert_layout(gl.max(score, 1), ROW) * scale_log2, tops0, flags0)
             p = _probability(score, top0, scale_log2)
             probabilities.index(0).store(p.to(rope.dtype))
@@ -360,6 +413,7 @@ def _left(
             keep = gl.exp2(top - top0)
             if _moved(flags0):
                 acc = acc * gl.expand_dims(keep, 1)
+            _clear_values(left_k, start, end, 0, GROUPS, IS_PLACED)
             acc = warpgroup_mma(gl.convert_layout(p.to(rope.dtype), PROBABILITY), left.index(zero), acc, is_async=True)
             total = total * keep + gl.convert_layout(gl.sum(p, 1), ROW)
             acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -370,6 +424,7 @@ def _left(
             total = total * keep
             if _moved(flags1):
                 acc = acc * gl.expand_dims(keep, 1)
+            _clear_values(left_k, start + TILE, end, 1, GROUPS, IS_PLACED)
             acc = warpgroup_mma(probabilities.index(1 + zero), left.index(1 + zero), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(left1_free)
@@ -380,13 +435,13 @@ def _left(
         total += totals1.load(ROW)
         if index == last - 1:
             _allow_next_kernel()
-        _store(acc, top, total, first_token, query_len, row0, partial, num_heads, outputs, RANK, False)
+        _store(acc, top, total, first_token, query_len, row0, partial, num_heads, outputs, RANK, False, HAS_SINK)
 
 
 @gluon.jit
 def _right(
     memory, exchange, full, free, turns, programs, items_ptr, outputs, scale_log2, num_heads,
-    RANK: gl.constexpr, BLOCK_ROPE: gl.constexpr, BOX: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    RANK: gl.constexpr, BLOCK_ROPE: gl.constexpr, BOX: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_PLACED: gl.constexpr, HAS_SINK: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile 1, and the right half of the output."""
     q, q_rope, left, right, rope = memory
@@ -439,13 +494,14 @@ def _right(
             if pair == pairs - 1:
                 mbarrier.arrive(q_free, count=1)
             if start + 2 * TILE > clear:
-                score = _mask(score, start + TILE, row0, query_len, length, end, num_heads, BOX, IS_CAUSAL)
+                score = _mask(score, start + TILE, row0, query_len, length, end, num_heads, BOX, IS_CAUSAL, IS_PLACED)
             high = gl.convert_layout(gl.max(score, 1), ROW) * scale_log2
             mbarrier.wait(p0_ready, phase)
             top0 = tops0.load(ROW)
             keep0 = gl.exp2(top - top0)
             if _moved(flags0):
                 acc = acc * gl.expand_dims(keep0, 1)
+            _clear_values(right_k, start, end, 0, GROUPS, IS_PLACED)
             acc = warpgroup_mma(probabilities.index(zero), right.index(zero), acc, is_async=True)
             top = _raise_top(top0, high, tops1, flags1)
             p = _probability(score, top, scale_log2)
@@ -458,6 +514,7 @@ def _right(
             _release(right0_free)
             if _moved(flags1):
                 acc = acc * gl.expand_dims(keep1, 1)
+            _clear_values(right_k, start + TILE, end, 1, GROUPS, IS_PLACED)
             acc = warpgroup_mma(gl.convert_layout(p.to(rope.dtype), PROBABILITY), right.index(1 + zero), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             _release(right1_free)
@@ -466,7 +523,7 @@ def _right(
         _release(done1)
         mbarrier.wait(done0, (index - first) & 1)
         total += totals0.load(ROW)
-        _store(acc, top, total, first_token, query_len, row0, partial, num_heads, outputs, RANK, True)
+        _store(acc, top, total, first_token, query_len, row0, partial, num_heads, outputs, RANK, True, HAS_SINK)
 
 
 @gluon.jit
@@ -476,9 +533,11 @@ def _page_of(table_ptr, start, end, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _row_of(start, end, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr):
+def _row_of(start, end, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, IS_PLACED: gl.constexpr):
     """First row of the box within its page: earlier by what it lacks, and before the page if it has nothing."""
     have = gl.minimum(gl.maximum(end - start, 0), BOX)
+    if IS_PLACED:
+        have = gl.where(have > 0, BOX, 0)
     return gl.where(have > 0, start % PAGE_SIZE, 0) + have - BOX
 
 
@@ -495,11 +554,12 @@ def _load_boxes(
     TILE: gl.constexpr,
     BOX: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
+    IS_PLACED: gl.constexpr,
 ):
     """Ask for columns from `column` on of one tile, box by box."""
     BOXES: gl.constexpr = TILE // BOX
     for n in gl.static_range(BOXES):
-        row = _row_of(start + n * BOX, end, BOX, PAGE_SIZE)
+        row = _row_of(start + n * BOX, end, BOX, PAGE_SIZE, IS_PLACED)
         _async_load(desc, [pages[n], row, column], barrier, memory.index(TILE_INDEX * BOXES + n))
 
 
@@ -507,6 +567,7 @@ def _load_boxes(
 def _load_half(
     desc, pages, start, end, barriers, memory,
     TILE_INDEX: gl.constexpr, COLUMN: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, TILE: gl.constexpr,
+    IS_PLACED: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = desc.block_shape[2]
     PIECES: gl.constexpr = GROUP // WIDTH
@@ -515,7 +576,7 @@ def _load_half(
         for piece in gl.static_range(PIECES):
             _load_boxes(
                 desc, pages, start, end, COLUMN + n * GROUP + piece * WIDTH, barriers[n], memory,
-                (TILE_INDEX * GROUPS + n) * PIECES + piece, TILE, BOX, PAGE_SIZE,
+                (TILE_INDEX * GROUPS + n) * PIECES + piece, TILE, BOX, PAGE_SIZE, IS_PLACED,
             )  # fmt: skip
 
 
@@ -532,7 +593,7 @@ def _load_pages(table_ptr, start, end, TILE: gl.constexpr, BOX: gl.constexpr, PA
 @gluon.jit
 def _loader(
     memory, full, free, programs, items_ptr, descs, page_ids_ptr, num_heads,
-    BOX: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr, PAGE_SIZE: gl.constexpr, IS_PLACED: gl.constexpr,
 ):  # fmt: skip
     """Queries of each item and its latents, each as soon as its place is free."""
     q, q_rope, left, right, rope = memory
@@ -565,18 +626,20 @@ def _loader(
             phase = (turn & 1) ^ 1
             pages0 = _load_pages(table_ptr, start, end, TILE, BOX, PAGE_SIZE)
             mbarrier.wait(left0_free, phase)
-            _load_half(kv_desc, pages0, start, end, full_left0, left_boxes, 0, 0, BOX, PAGE_SIZE, GROUP, GROUPS, TILE)
+            _load_half(kv_desc, pages0, start, end, full_left0, left_boxes, 0, 0, BOX, PAGE_SIZE, GROUP, GROUPS, TILE, IS_PLACED)
             mbarrier.wait(right0_free, phase)
-            _load_half(kv_desc, pages0, start, end, full_right0, right_boxes, 0, HALF, BOX, PAGE_SIZE, GROUP, GROUPS, TILE)
+            _load_half(kv_desc, pages0, start, end, full_right0, right_boxes, 0, HALF, BOX, PAGE_SIZE, GROUP, GROUPS, TILE, IS_PLACED)
             mbarrier.expect(full_rope0, TILE * 64 * 2)
-            _load_boxes(k_rope_desc, pages0, start, end, 0, full_rope0, rope_boxes, 0, TILE, BOX, PAGE_SIZE)
+            _load_boxes(k_rope_desc, pages0, start, end, 0, full_rope0, rope_boxes, 0, TILE, BOX, PAGE_SIZE, IS_PLACED)
             pages1 = _load_pages(table_ptr, start + TILE, end, TILE, BOX, PAGE_SIZE)
             mbarrier.wait(left1_free, phase)
-            _load_half(kv_desc, pages1, start + TILE, end, full_left1, left_boxes, 1, 0, BOX, PAGE_SIZE, GROUP, GROUPS, TILE)
+            _load_half(kv_desc, pages1, start + TILE, end, full_left1, left_boxes, 1, 0, BOX, PAGE_SIZE, GROUP, GROUPS, TILE, IS_PLACED)
             mbarrier.wait(right1_free, phase)
-            _load_half(kv_desc, pages1, start + TILE, end, full_right1, right_boxes, 1, HALF, BOX, PAGE_SIZE, GROUP, GROUPS, TILE)
+            _load_half(
+                kv_desc, pages1, start + TILE, end, full_right1, right_boxes, 1, HALF, BOX, PAGE_SIZE, GROUP, GROUPS, TILE, IS_PLACED
+            )
             mbarrier.expect(full_rope1, TILE * 64 * 2)
-            _load_boxes(k_rope_desc, pages1, start + TILE, end, 0, full_rope1, rope_boxes, 1, TILE, BOX, PAGE_SIZE)
+            _load_boxes(k_rope_desc, pages1, start + TILE, end, 0, full_rope1, rope_boxes, 1, TILE, BOX, PAGE_SIZE, IS_PLACED)
             turn += 1
 
 
@@ -601,6 +664,7 @@ def _attend_kernel(
     lse_ptr,
     partial_out_ptr,
     partial_lse_ptr,
+    sink_ptr,
     scale_log2,
     num_heads,
     PAGE_SIZE: gl.constexpr,
@@ -610,6 +674,8 @@ def _attend_kernel(
     BLOCK_ROPE: gl.constexpr,
     TILE: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
+    IS_PLACED: gl.constexpr,
+    HAS_SINK: gl.constexpr,
 ):
     HALF: gl.constexpr = BLOCK_RANK // 2
     GROUP: gl.constexpr = q_desc.block_shape[1]
@@ -642,16 +708,16 @@ def _attend_kernel(
     left_free, right_free = (left0_free, left1_free, q_free), (right0_free, right1_free, q_free)
     full = (full_q, full_left0, full_right0, full_rope0, full_left1, full_right1, full_rope1)
     free = (left0_free, left1_free, right0_free, right1_free, q_free)
-    outputs = (out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr)
+    outputs = (out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, sink_ptr)
     descs = (q_desc, q_rope_desc, kv_desc, k_rope_desc)
     # The loader keeps the page ids of all boxes of a tile.
     LOAD_REGISTERS: gl.constexpr = 24 if TILE == BOX else 40
     MATH_REGISTERS: gl.constexpr = 240 if TILE == BOX else 232
     gl.warp_specialize(
         [
-            (_left, (memory, exchange, full0, left_free, turns, programs, items_ptr, outputs, scale_log2, num_heads, RANK, BLOCK_ROPE, BOX, IS_CAUSAL)),
-            (_right, (memory, exchange, full1, right_free, turns, programs, items_ptr, outputs, scale_log2, num_heads, RANK, BLOCK_ROPE, BOX, IS_CAUSAL)),
-            (_loader, (memory, full, free, programs, items_ptr, descs, page_ids_ptr, num_heads, BOX, PAGE_SIZE)),
+            (_left, (memory, exchange, full0, left_free, turns, programs, items_ptr, outputs, scale_log2, num_heads, RANK, BLOCK_ROPE, BOX, IS_CAUSAL, IS_PLACED, HAS_SINK)),
+            (_right, (memory, exchange, full1, right_free, turns, programs, items_ptr, outputs, scale_log2, num_heads, RANK, BLOCK_ROPE, BOX, IS_CAUSAL, IS_PLACED, HAS_SINK)),
+            (_loader, (memory, full, free, programs, items_ptr, descs, page_ids_ptr, num_heads, BOX, PAGE_SIZE, IS_PLACED)),
         ],
         [4, 1],
         [MATH_REGISTERS, LOAD_REGISTERS],

@@ -222,3 +222,81 @@ def test_wrong_raw_writes_and_lists_are_named() -> None:
         with pytest.raises(InvalidValue) as caught:
             backend.attend_selected(plan, 0, *arguments)
         assert caught.value.field == field
+
+
+def alone(problem: Problem, row: int, begin: int, end: int) -> tuple[BatchTables, torch.Tensor]:
+    """Tables and queries of query tokens begin to end of one row, as a step of their own."""
+    first, tables = sum(problem.query_lens[:row]), problem.tables
+    pages = tables.pages_of(row)
+    length = tables.lengths[row : row + 1] - (problem.query_lens[row] - end)
+    return BatchTables(1, tables.page_size, length, pages, np.array([0, len(pages)], np.int64)), problem.q[0, first + begin : first + end]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 50, "logit_soft_cap": 4.0}], ids=str)
+def test_batch_invariant_backend_gives_a_token_the_same_bits_in_any_step(dtype: Any, changes: dict[str, Any]) -> None:
+    """In a batch, alone, as a whole prompt, in chunks of it, behind a cached prefix, as one token of decode."""
+    problem = make_problem(LatentLayout(64, 32, 1, 16, dtype), [33, 90, 300, 70], [1, 1, 300, 33], 5, seed=1, written=True)
+    sinks = torch.tensor([[0.5, -1.0, 3.0, 0.0, 2.0]])
+    backend = MLABackend(
+        problem.memory, 5, problem.scale, max_tokens=512, max_batch=32, max_pages=1024, batch_invariant=True, sinks=sinks, **changes
+    )
+    plan = backend.plan(problem.tables, problem.query_lens)
+    out, lse = backend.decode(plan, 0, problem.q[0, :2])
+    more_out, more_lse = backend.prefill(plan, 0, problem.q[0, 2:])
+    out, lse = torch.cat([out, more_out]), torch.cat([lse, more_lse])
+    check_attention(problem, 0, out, lse, True, backend.options, sinks[0])
+    for row, begin, end in [(0, 0, 1), (1, 0, 1), (2, 0, 300), (2, 0, 100), (2, 100, 300), (2, 299, 300), (2, 7, 8), (3, 11, 33)]:
+        tables, q = alone(problem, row, begin, end)
+        plan = backend.plan(tables, [end - begin])
+        one_out, one_lse = (backend.decode if end - begin == 1 else backend.prefill)(plan, 0, q)
+        first = sum(problem.query_lens[:row])
+        assert torch.equal(one_out, out[first + begin : first + end]) and torch.equal(one_lse, lse[first + begin : first + end])
+
+
+@pytest.mark.parametrize("changes", [{"logit_soft_cap": 2.0}, {"sliding_window": 1}, {"sliding_window": 40}, {}], ids=str)
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_options_equal_the_reference(changes: dict[str, Any], has_sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts in pieces, too; a sink of -inf counts for nothing, one of +inf takes all."""
+    monkeypatch.setattr("kvmanager.attention.torch_path.SCORES_MAX", 5000)
+    problem = make_problem(LatentLayout(32, 16, 1, 16, "float32"), [90, 0, 60, 150], [1, 1, 60, 33], 4, seed=2, written=True)
+    sinks = torch.tensor([[1.0, float("-inf"), float("inf"), -3.0]]) if has_sinks else None
+    backend = MLABackend(problem.memory, 4, problem.scale, max_tokens=512, max_batch=32, max_pages=1024, sinks=sinks, **changes)
+    plan = backend.plan(problem.tables, problem.query_lens)
+    out, lse = backend.decode(plan, 0, problem.q[0, :2])
+    more_out, more_lse = backend.prefill(plan, 0, problem.q[0, 2:])
+    sink = None if sinks is None else sinks[0]
+    check_attention(problem, 0, torch.cat([out, more_out]), torch.cat([lse, more_lse]), True, backend.options, sink)
+
+
+@pytest.mark.parametrize(
+    "field,changes",
+    [
+        ("batch_invariant", {"batch_invariant": 1}),
+        ("invariant_tokens", {"batch_invariant": True, "invariant_tokens": 100}),
+        ("invariant_tokens", {"invariant_tokens": 256}),
+        ("logit_soft_cap", {"logit_soft_cap": 0.0}),
+        ("sliding_window", {"sliding_window": 0}),
+        ("sinks", {"sinks": torch.zeros(2, 3)}),
+        ("sinks", {"sinks": torch.zeros(1, 3).double()}),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_named(field: str, changes: dict[str, Any]) -> None:
+    problem = make_problem(LatentLayout(32, 16, 1, 16), [5], [1], 3)
+    with pytest.raises(InvalidValue) as caught:
+        MLABackend(problem.memory, 3, 0.1, max_tokens=8, max_batch=8, max_pages=8, **changes)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch_invariant": True}, {"logit_soft_cap": 2.0}, {"sliding_window": 4}, {"sinks": torch.zeros(1, 3)}], ids=str
+)
+def test_listed_slots_take_no_option(changes: dict[str, Any]) -> None:
+    """Refused rather than left out."""
+    problem = make_problem(LatentLayout(32, 16, 1, 16), [5], [1], 3, written=True)
+    backend = MLABackend(problem.memory, 3, 0.1, max_tokens=8, max_batch=8, max_pages=8, **changes)
+    plan = backend.plan(problem.tables, [1])
+    with pytest.raises(InvalidValue) as caught:
+        backend.attend_selected(plan, 0, problem.q[0], torch.zeros(1, 2, dtype=torch.int32))
+    assert caught.value.field in ("batch_invariant", "logit_soft_cap", "sliding_window", "has_sink")

@@ -4,6 +4,7 @@ import pytest
 
 from kvmanager.attention.choice import choose_kernel
 from kvmanager.attention.layout import LatentLayout
+from kvmanager.attention.options import PIECE_TOKENS_MULTIPLE, Options, piece_tokens
 from kvmanager.errors import InvalidValue
 
 
@@ -41,3 +42,18 @@ def test_all_else_gets_the_plain_kernel_and_the_reason(layout: LatentLayout, arc
 def test_eight_bits_are_refused_where_nothing_converts_them(layout: LatentLayout) -> None:
     with pytest.raises(InvalidValue, match="sm_86"):
         choose_kernel(layout, 86, "3.6.0")
+
+
+@pytest.mark.parametrize("options", [Options(logit_soft_cap=30.0), Options(sliding_window=64)], ids=str)
+def test_options_that_the_hopper_kernel_lacks_get_the_plain_one_by_name(options: Options) -> None:
+    choice = choose_kernel(LatentLayout(512, 64, 1), 90, "3.6.0", options)
+    assert choice.kernel == "triton" and choice.why.split(":")[0] in ("logit_soft_cap", "sliding_window")
+    assert choose_kernel(LatentLayout(512, 64, 1), 90, "3.6.0", Options(batch_invariant=True, has_sink=True)).kernel == "hopper"
+
+
+def test_default_pieces_depend_on_heads_alone_and_fit_every_tile() -> None:
+    """Pieces must be whole tiles of whichever kernel runs them: pairs of 64 or 128 latents on Hopper, 16 to 64 in the plain one."""
+    assert piece_tokens(Options(), 128) == 0
+    for heads in (1, 16, 17, 64, 65, 1024):
+        assert piece_tokens(Options(batch_invariant=True), heads) % PIECE_TOKENS_MULTIPLE == 0
+        assert piece_tokens(Options(batch_invariant=True, invariant_tokens=768), heads) == 768

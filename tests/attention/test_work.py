@@ -1,10 +1,15 @@
 """Work lists: whatever the batch, every row meets every latent it may see exactly once, and the partial results stay within their bound."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmanager.attention.work import SPLIT_TILES_MIN, Shape, WorkList, decode_work, prefill_work
+from kvmanager.attention.work import SPLIT_TILES_MIN, Shape, WorkList, decode_work, prefill_waves, prefill_work
+from kvmanager.errors import InvalidValue
 
 shapes = st.builds(
     Shape, st.sampled_from([1, 3, 16, 63, 65, 128, 200]), st.sampled_from([16, 64]), st.sampled_from([16, 64]), st.integers(1, 40)
@@ -90,3 +95,68 @@ def test_nothing_is_cut_when_whole_sequences_fill_the_lanes_as_well() -> None:
     whole = decode_work(shape, np.arange(128) * 64, np.full(128, 4096))
     assert whole.num_partials == 0 and not len(whole.merges) and np.diff(whole.programs).max() == 2
     assert decode_work(shape, np.arange(140) * 64, np.full(140, 4096)).num_partials > 0
+
+
+def pieces_of(work: WorkList) -> dict[tuple[int, int], list[tuple[int, ...]]]:
+    """(page_start, row) -> what was cut, in order."""
+    found: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for item in sorted(work.items.tolist(), key=lambda item: item[5]):
+        found.setdefault((item[0], item[4]), []).append((item[3], item[5], item[6]))
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes, lengths_of, st.integers(1, 5))
+def test_fixed_pieces_depend_on_the_sequence_alone_and_cover_it(shape: Shape, lengths: list[int], piece_tiles: int) -> None:
+    """Cut at multiples of piece_tiles, partials in order, no program with more than its share and a piece."""
+    shape = replace(shape, piece_tiles=piece_tiles)
+    starts, step = np.cumsum([0, *(length + 1 for length in lengths)])[:-1], piece_tiles * shape.block_tokens
+    work = decode_work(shape, starts, np.array(lengths))
+    found = pieces_of(work)
+    for start, length in zip(starts.tolist(), lengths, strict=True):
+        alone = pieces_of(decode_work(shape, np.array([start]), np.array([length])))
+        for row in range(0, shape.blocks_per_token * shape.block_rows, shape.block_rows):
+            assert found[start, row] == alone[start, row]
+            assert found[start, row] == [(length, at, min(at + step, length)) for at in range(0, max(length, 1), step)]
+    listed = {(merge[0], merge[2]): (merge[3], merge[4]) for merge in work.merges.tolist()}
+    for item in work.items.tolist():
+        if item[3] > step:
+            assert item[7] == listed[item[1], item[4]][0] + item[5] // step
+        else:
+            assert item[7] == -1
+    loads = [sum(-(-(item[6] - item[5]) // shape.block_tokens) + 1 for item in work.items[a:b].tolist()) for a, b in zip(work.programs, work.programs[1:], strict=False)]  # fmt: skip
+    assert max(loads) <= sum(loads) / len(loads) + piece_tiles + 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shapes, st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 70)), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 400)
+)
+def test_waves_hold_what_one_launch_would_and_stay_within_the_partial_slots(
+    shape: Shape, batch: list[tuple[int, int]], piece_tiles: int, slots: int
+) -> None:
+    shape = replace(shape, piece_tiles=piece_tiles)
+    lengths, counts = np.array([max(row) for row in batch]), np.array([row[1] for row in batch])
+    arrays = (np.cumsum([0, *lengths])[:-1], lengths, counts, np.cumsum([0, *counts])[:-1])
+    whole = prefill_work(shape, *arrays)
+    slots += int(max((merge[4] for merge in whole.merges.tolist()), default=1))
+    waves = prefill_waves(shape, *arrays, partials_max=slots, pieces_max=len(whole.items))
+    assert all(wave.num_partials <= slots and len(wave.programs) == shape.num_programs + 1 for wave in waves)
+    joined = sorted(tuple(item[:7]) for wave in waves for item in wave.items.tolist())
+    assert joined == sorted(tuple(item[:7]) for item in whole.items.tolist())
+    with pytest.raises(InvalidValue, match="query_lens"):
+        prefill_waves(shape, *arrays, partials_max=slots, pieces_max=len(whole.items) - 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, lengths_of, st.integers(1, 300), st.sampled_from([0, 1, 3]))
+def test_tiles_before_a_window_are_not_listed(shape: Shape, lengths: list[int], window: int, piece_tiles: int) -> None:
+    """All that the window covers is listed once; before it, no more than a tile."""
+    shape = replace(shape, piece_tiles=piece_tiles, window=window)
+    starts = np.cumsum([0, *(length + 1 for length in lengths)])[:-1]
+    found = pieces_of(decode_work(shape, starts, np.array(lengths)))
+    for start, length in zip(starts.tolist(), lengths, strict=True):
+        parts = found[start, 0]
+        first = max(length - window, 0)
+        assert parts[0][1] == first // shape.block_tokens * shape.block_tokens and parts[-1][2] == length
+        assert all(left[2] == right[1] for left, right in pairwise(parts))

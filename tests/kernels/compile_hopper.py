@@ -30,13 +30,20 @@ TYPICAL = [
     (512, 64, 16, "bf16", True),
     (256, 32, 32, "fp16", True),
     (128, 64, 128, "bf16", False),
-]  # rank, rope, page size, dtype, causal
-ALL = list(itertools.product((512, 448, 256, 128), (64, 32, 16), (16, 32, 64, 128), ("bf16", "fp16"), (True, False)))
+    (512, 64, 64, "bf16", True, True),
+    (256, 32, 32, "bf16", True, True),
+    (512, 64, 64, "bf16", True, False, True),
+]  # rank, rope, page size, dtype, causal, placed, sink
+ALL = list(
+    itertools.product((512, 448, 256, 128), (64, 32, 16), (16, 32, 64, 128), ("bf16", "fp16"), (True, False), (False, True), (False, True))
+)
 
 
-def compiled(rank: int, rope: int, page_size: int, dtype: str, causal: bool) -> triton.compiler.CompiledKernel:
+def compiled(
+    rank: int, rope: int, page_size: int, dtype: str, causal: bool, placed: bool = False, has_sink: bool = False
+) -> triton.compiler.CompiledKernel:
     kernel = hopper._attend_kernel
-    constants = hopper.constants(rank, rope, page_size, causal)
+    constants = hopper.constants(rank, rope, page_size, causal, placed, has_sink)
     flat, boxes = repr(hopper._SHARED.value), repr(hopper._SHARED_BOX.value)
     box, group = constants["BOX"], hopper._group(rank)
     signature = {
@@ -45,7 +52,7 @@ def compiled(rank: int, rope: int, page_size: int, dtype: str, causal: bool) -> 
         "kv_desc": f"tensordesc<{dtype}[1, {box}, {group if box == constants['TILE'] else 64}],{boxes}>",
         "k_rope_desc": f"tensordesc<{dtype}[1, {box}, 64],{boxes}>",
         **{name: "*i32" for name in ("page_ids_ptr", "programs_ptr", "items_ptr")},
-        **{name: "*fp32" for name in ("lse_ptr", "partial_out_ptr", "partial_lse_ptr")},
+        **{name: "*fp32" for name in ("lse_ptr", "partial_out_ptr", "partial_lse_ptr", "sink_ptr")},
         "out_ptr": f"*{dtype}",
         "scale_log2": "fp32",
         "num_heads": "i32",

@@ -36,7 +36,9 @@ def test_hopper_kernel_compiles_without_spills_and_without_serialised_products()
         assert not line["warnings"], line
         # Tiles of 64 (rank above 256): nothing, but that Triton 3.9 puts one value away on entry. Tiles of 128: a few words outside the
         # loop over full tiles. 70 stores were in the loop of the first version.
-        spilled_max, stores_max = (0, 1) if line["variant"][0] > 256 else (8, 10)
+        # "Placed" ones: arguments put away where partitions begin, and a few words where a tile that is not full ends an item.
+        is_placed = len(line["variant"]) > 5 and line["variant"][5]
+        spilled_max, stores_max = (200, 30) if is_placed else (0, 1) if line["variant"][0] > 256 else (8, 10)
         assert line["spilled"] <= spilled_max and line["STL"] <= stores_max, line
         assert line["HGMMA"] > 30 and line["UTMALDG"] > 6, line
         assert line["shared"] <= SHARED_BYTES_MAX, line
