@@ -1,0 +1,82 @@
+"""kvmanager.compat.flash_mla on CUDA: FlashMLA's whole list of dense decode tests with its tolerances, capture, and no wait for the device."""
+
+import pytest
+import torch
+
+from kvmanager.attention.choice import Choice
+from kvmanager.compat.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from tests.attention.flash_mla_grid import Case, corners, grid, run
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_list_of_flashmla(batch: int, tokens: int) -> None:
+    """KV 20, 140, 4,096; 1 to 128 heads; 1, 2, 3, 8 KV heads; ragged; causal."""
+    for seed, case in enumerate(grid(batch, tokens)):
+        run(case, "cuda", seed=seed)
+
+
+def test_corners_of_flashmlas_list() -> None:
+    """128 sequences, half of them empty."""
+    for seed, case in enumerate(corners()):
+        run(case, "cuda", (torch.bfloat16, torch.float16)[seed % 2], seed)
+
+
+def test_plain_kernel_serves_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other cards get."""
+    monkeypatch.setattr("kvmanager.attention.choice.choose_kernel", lambda *_: Choice("triton", "a test"))
+    for seed, case in enumerate([*grid(2, 1)[::5], *grid(6, 4)[::5]]):
+        run(case, "cuda", seed=seed)
+
+
+def test_schedule_is_made_on_the_device_and_serves_a_captured_graph() -> None:
+    """Lengths change between replays: the schedule is part of the graph. No call waits for the device."""
+    batch, heads = 5, 16
+    q = torch.randn(batch, 1, heads, 576, device="cuda").bfloat16()
+    caches = torch.randn(2, 200, 64, 1, 576, device="cuda").bfloat16() / 10
+    table = torch.randperm(200, device="cuda").int().view(batch, 40)
+    lengths = torch.tensor([1, 100, 2000, 0, 64], dtype=torch.int32, device="cuda")
+
+    def step() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        meta, splits = get_mla_metadata()
+        return [flash_mla_with_kvcache(q, cache, table, lengths, 512, meta, splits, causal=True) for cache in caches]
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        step()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+    for values in ([1, 100, 2000, 0, 64], [2560, 0, 1, 2559, 700], [0, 0, 0, 0, 0]):
+        lengths.copy_(torch.tensor(values, dtype=torch.int32))
+        graph.replay()
+        for (out, lse), (want_out, want_lse) in zip(captured, step(), strict=True):
+            assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
+            assert torch.isposinf(lse[lengths == 0]).all() and not out[lengths == 0].any()
+
+
+def test_one_case_of_each_layout() -> None:
+    """Tables that are a part of wider ones, a layer of page-major memory, one query that is strided."""
+    wide = torch.full((3, 9), 2147480000, dtype=torch.int32, device="cuda")
+    table = wide[:, 2:6]
+    table.copy_(torch.randperm(12).int().view(3, 4))
+    memory = torch.randn(12, 5, 64, 1, 576, device="cuda").bfloat16() / 10
+    q = torch.randn(3, 2, 8, 600, device="cuda").bfloat16()[..., :576]
+    lengths = torch.tensor([200, 0, 65], dtype=torch.int32, device="cuda")
+    got = flash_mla_with_kvcache(q, memory[:, 3], table, lengths, 512, get_mla_metadata()[0], causal=True)
+    want = flash_mla_with_kvcache(
+        q.cpu(), memory[:, 3].cpu(), table.cpu().contiguous(), lengths.cpu(), 512, get_mla_metadata()[0], causal=True
+    )
+    assert (got[0].cpu().float() - want[0].float()).abs().max() < 1e-2 and (got[1].cpu() - want[1]).nan_to_num(nan=0.0).abs().max() < 1e-3
+
+
+def test_case_is_what_pytest_says() -> None:
+    assert len([case for batch in (1, 2, 6, 64) for tokens in (1, 2, 4) for case in grid(batch, tokens)]) == 2304 and isinstance(
+        corners()[0], Case
+    )
