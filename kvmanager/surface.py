@@ -392,7 +392,7 @@ class Surface:
         return self._ask({"t": "workers"})["workers"]
 
     def handoffs(self, limit: int = 1000) -> list[dict[str, Any]]:
-        """The oldest handoffs under way: handoff, sequence, state, source, target, tokens, pages, pages_shared, pulled, age (versions).
+        """The oldest handoffs under way: handoff, sequence, state, source, target, tokens, pages, pages_shared, pulled, failed (tries), age (versions).
 
         Raises InvalidValue (limit above 10,000).
         """

@@ -6,8 +6,7 @@ scheduler -> worker   run   {"t", "version", "items": [[sequence, first position
 worker -> scheduler   ready   {"t", "pool", "worker", "pid"}
                       done    {"t", "version", "out": [[sequence, next token], ...], "logits": float32 bytes or b""}
                       stale   {"t", "version"}     the step came too late and was not run
-                      pulled  {"t", "handoff", "moved", "shared"}
-                      pull_failed  {"t", "handoff", "error"}
+                      pulled  {"t", "handoff"}     its pull has ended, well or not: the manager has news
                       latents {"t", "sequence", "data": float32 bytes, "shape"}
                       failed  {"t", "error"}
 """

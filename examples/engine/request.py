@@ -28,6 +28,9 @@ class Stage(Enum):
 class Request:
     """prompt and what has been generated; where its latents are; and what it cost.
 
+    resume    the stage that it is in again if its handoff comes to nothing
+    going     the pool that it is to decode on in
+    moves     times that its pages have gone to another pool
     length    slots reserved and given to a worker to write, of prompt + generated
     told      token ids that the manager knows
     token_times  when each generated token came, monotonic seconds
@@ -43,6 +46,8 @@ class Request:
     stage: Stage = Stage.WAITING
     pool: str = ""
     target: str = ""
+    resume: Stage = Stage.WAITING
+    going: str = ""
     sequence: int = 0
     handoff: int = 0
     length: int = 0
@@ -53,6 +58,7 @@ class Request:
     preempted: int = 0
     lost: int = 0
     pull_failures: int = 0
+    moves: int = 0
     error: str = ""
     submitted: float = 0.0
     first_token: float = 0.0

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvmanager import KVClient, Notice, Open, StepReply
-from kvmanager.errors import OutOfPages, PoolNotReady, PrefixPending, SequenceTooLarge, Unknown
+from kvmanager.errors import OutOfPages, OverQuota, PoolDrains, PoolNotReady, PrefixPending, SequenceTooLarge, Unknown, WrongState
 from kvmanager.examples.engine.channel import SchedulerChannel
 from kvmanager.examples.engine.request import Request, Stage
 
@@ -53,6 +53,7 @@ class PoolState:
     epoch: int = 0  # life of the manager in which it joined
     busy: int = 0  # version of the step it is running
     alive: bool = True
+    draining: bool = False
 
     def does(self, role: str) -> bool:
         return self.role in (role, "mixed")
@@ -97,7 +98,6 @@ class Scheduler:
         self.page_size, self.chunk_tokens, self.keep_latents, self.on_event = page_size, chunk_tokens, keep_latents, on_event
         self.requests: list[Request] = []
         self._by_sequence: dict[int, Request] = {}
-        self._by_handoff: dict[int, Request] = {}  # until its pull is reported: the manager may tell of it first
         self._to_close: list[int] = []
         self._starved = False  # somebody waits for pages that an acknowledgement will free or fill: nobody will call
         self._fetch = False  # the manager has news for us
@@ -136,6 +136,16 @@ class Scheduler:
         if plan:
             self._run(plan)
 
+    def migrate(self, request: Request, pool: str) -> None:
+        """Have a request that decodes go on in another pool, between two of its steps. What comes of it shows in `request.pool`."""
+        request.going = pool
+
+    def drain(self, pool: str) -> None:
+        """Empty a worker's pool while everybody goes on; once that is done, its worker ends."""
+        self.pools[pool].draining = True
+        self.client.drain(pool)
+        self._fetch = True
+
     # --- reports -------------------------------------------------------------------------------------------------------------
 
     def _receive(self, timeout_ms: int) -> None:
@@ -153,13 +163,6 @@ class Scheduler:
                     self._give_up(request)
             elif message["t"] == "pulled":
                 self._fetch = True
-                if moved := self._by_handoff.pop(message["handoff"], None):
-                    moved.pages_moved += message["moved"]
-                    moved.pages_shared += message["shared"]
-            elif message["t"] == "pull_failed":
-                failed = self._by_handoff.pop(message["handoff"], None)
-                if failed is not None and failed.handoff == message["handoff"]:  # otherwise its source's death is known already
-                    self._on_pull_failed(failed, message["error"])
             elif message["t"] == "latents":
                 if dumped := self._by_sequence.get(message["sequence"]):
                     dumped.latents = (message["shape"], message["data"])
@@ -185,8 +188,12 @@ class Scheduler:
                     self.channel.send(request.pool, {"t": "dump", "sequence": sequence})
                 else:
                     self._end(request)
-            elif request.stage is Stage.PREFILLING:
-                request.stage = Stage.DECODING if self.pools[request.pool].does("decode") else Stage.PREFILLED
+            elif Stage.PREFILLING in (request.stage, request.resume if request.stage is Stage.MOVING else None):
+                prefilled = Stage.DECODING if self.pools[request.pool].does("decode") else Stage.PREFILLED
+                if request.stage is Stage.MOVING:
+                    request.resume = prefilled  # the manager had begun to move it in the middle of its prompt
+                else:
+                    request.stage = prefilled
 
     def _end(self, request: Request, error: str = "") -> None:
         request.stage = Stage.FAILED if error else Stage.FINISHED
@@ -201,7 +208,7 @@ class Scheduler:
         request.restart()
 
     def _on_pull_failed(self, request: Request, error: str) -> None:
-        """Its pages cannot be read where they are: compute them again, perhaps elsewhere; closing the sequence aborts the handoff."""
+        """Its pages cannot be read where they are, as often as it was tried: compute them again, perhaps elsewhere."""
         request.pull_failures += 1
         if request.pull_failures < PULL_ATTEMPTS:
             self._give_up(request)
@@ -246,8 +253,14 @@ class Scheduler:
         for request in self.requests:
             if request.stage is Stage.PREFILLED and (target := self._decode_pool()):
                 plan.hand_off.append((request, target))
+            elif request.stage is Stage.DECODING and request.going and not self.pools[request.pool].busy:
+                plan.hand_off.append((request, request.going))
+                request.going = ""
+        leaving = {request.number for request, _ in plan.hand_off}
         for pool in self._idle_pools("decode"):
             for request in self._in_pool(pool.name, Stage.DECODING):
+                if request.number in leaving:
+                    continue
                 plan.grow.append((request, 1))
                 # Ids of decoded tokens, a page at a time: the next turn of a conversation can then share them.
                 if (count := min(request.length, len(request.tokens)) - request.told) >= self.page_size:
@@ -261,7 +274,7 @@ class Scheduler:
                 if count > 0:
                     plan.grow.append((request, count))
                     budget -= count
-            while budget > 0 and waiting:
+            while budget > 0 and waiting and not pool.draining:
                 request = waiting.pop(0)
                 request.pool = pool.name
                 plan.opens.append((request, Open(request.tokens, pool.name, request.tenant, chunk=budget)))
@@ -270,7 +283,7 @@ class Scheduler:
 
     def _decode_pool(self) -> str:
         """The decode pool with the fewest sequences; empty if none is alive."""
-        alive = [pool.name for pool in self.pools.values() if pool.does("decode") and pool.alive and pool.worker]
+        alive = [pool.name for pool in self.pools.values() if pool.does("decode") and pool.alive and pool.worker and not pool.draining]
         loads = {name: sum(name in (each.pool, each.target) and not each.over for each in self.requests) for name in alive}
         return min(alive, key=lambda name: loads[name]) if alive else ""
 
@@ -287,8 +300,7 @@ class Scheduler:
         self._starved = False
         for (request, target), handoff in zip(plan.hand_off, reply.handoffs, strict=True):
             if handoff:
-                request.stage, request.handoff, request.target = Stage.MOVING, handoff, target
-                self._by_handoff[handoff] = request
+                self._moves(request, handoff, target)
         items: dict[str, list[list[Any]]] = {}
         self._dispatch_grown(plan, reply, items)
         self._dispatch_opened(plan, reply, items)
@@ -304,6 +316,11 @@ class Scheduler:
                 self._end(request, str(error))
         for notice in reply.notices:
             self._on_notice(notice)
+
+    def _moves(self, request: Request, handoff: int, target: str) -> None:
+        if request.stage is not Stage.MOVING:
+            request.resume = request.stage
+        request.stage, request.handoff, request.target = Stage.MOVING, handoff, target
 
     def _item(self, request: Request, length: int) -> list[Any]:
         """Work for a worker: write and attend tokens [request.length, length); ask for a token if they are all there are."""
@@ -325,7 +342,7 @@ class Scheduler:
                     patient.add(request.pool)
             elif isinstance(error, SequenceTooLarge):
                 self._end(request, str(error))
-            elif not isinstance(error, Unknown):  # unknown: lost, and a notice says so
+            elif not isinstance(error, (Unknown, WrongState)):  # lost, or on its way out of a pool that is drained: a notice says so
                 raise error
         for pool, requests in starved.items():
             self._starved = True
@@ -345,7 +362,7 @@ class Scheduler:
                     request.cached_tokens = opened.cached_tokens
                 self._by_sequence[opened.sequence] = request
                 items.setdefault(request.pool, []).append(self._item(request, opened.length))
-            elif isinstance(error, (OutOfPages, PoolNotReady, PrefixPending)):
+            elif isinstance(error, (OutOfPages, PoolDrains, PoolNotReady, PrefixPending)):
                 if isinstance(error, PoolNotReady):
                     self.supervisor.kill(request.pool)
                 request.pool = ""
@@ -356,15 +373,27 @@ class Scheduler:
     def _on_notice(self, notice: Notice) -> None:
         request = self._by_sequence.get(notice.sequence)
         if notice.kind == "lost":
+            if request is not None and self.pools[request.pool].alive:
+                self.supervisor.kill(request.pool)  # fenced: it must end before anybody may have its pages
             self._on_lost(notice.sequence)
+        elif notice.kind == "drained":
+            self.on_event(f"pool {notice.reason} is empty: its worker leaves")
+            self.channel.send(notice.reason, {"t": "stop"})
+        elif notice.kind == "moving" and request is not None and request.stage is not Stage.DUMPING:
+            self._moves(request, notice.handoff, notice.reason)
         elif request is None or request.handoff != notice.handoff:
             return
         elif notice.kind == "resident":
-            request.stage, request.pool, request.handoff, request.target = Stage.DECODING, notice.reason, 0, ""
+            decodes = self.pools[notice.reason].does("decode")
+            request.stage = Stage.DECODING if decodes and request.resume is not Stage.PREFILLING else request.resume
+            request.pool, request.handoff, request.target = notice.reason, 0, ""
+            request.moves += 1
+            request.pages_moved += notice.moved
+            request.pages_shared += notice.spared
         elif notice.kind == "aborted":
-            request.handoff, request.target = 0, ""
-            if notice.code == SequenceTooLarge.code:  # than the whole target: no use in trying again
+            request.stage, request.handoff, request.target = request.resume, 0, ""
+            if notice.code in (SequenceTooLarge.code, OverQuota.code):  # no use in trying again
                 self._end(request, notice.reason)
-            else:
-                request.stage = Stage.PREFILLED
+            elif notice.code in ("pull_failed", "timed_out") and request.resume is Stage.PREFILLED:
+                self._on_pull_failed(request, notice.reason)
         self._hurry = True

@@ -20,13 +20,12 @@ import zmq
 
 from kvmanager import BatchTables, Follower, KVClient, Replica
 from kvmanager.attention import MLABackend, PageMemory, PeerMemory
-from kvmanager.attention.transports.base import Pull as PagePull
+from kvmanager.attention.transports.base import Pull as Transfer
 from kvmanager.attention.transports.base import PullState
 from kvmanager.errors import Fenced, KVError, StaleEpoch, StaleStep
 from kvmanager.examples.engine.channel import WorkerChannel
 from kvmanager.examples.engine.model import LatentModel
-from kvmanager.worker.replica import AckContent
-from kvmanager.worker.replica import Pull as ReplicaPull
+from kvmanager.worker.replica import AckContent, Pull
 
 __all__ = ["EXIT_FENCED", "Worker", "main"]
 
@@ -64,7 +63,7 @@ class Worker:
         self.renew_s = lease_ms / 1000 / 4
         self.acked_at = time.monotonic()
         self.peers: dict[int, PeerMemory] = {}
-        self.moving: dict[int, tuple[ReplicaPull, PagePull]] = {}  # begun and not settled, by handoff
+        self.pulling: dict[int, tuple[Pull, Transfer]] = {}
         self.runs: deque[dict[str, Any]] = deque()
         channel.send({"t": "ready", "pool": pool, "worker": self.worker_id, "epoch": client.epoch_of(self.worker_id), "pid": os.getpid()})
 
@@ -89,7 +88,7 @@ class Worker:
         poller.register(self.channel.socket, zmq.POLLIN)
         poller.register(self.follower.socket, zmq.POLLIN)
         while os.getppid() == parent:
-            poller.poll(1 if self.moving else int(self.renew_s * 500))
+            poller.poll(1 if self.pulling or self.replica.pulls() else int(self.renew_s * 500))
             self.follower.poll(0)
             self.copy()
             self.pull()
@@ -160,41 +159,53 @@ class Worker:
     # --- pages ---------------------------------------------------------------------------------------------------------------
 
     def pull(self) -> None:
-        """Begin to copy the pages of sequences that are moving here, look how far others are, and say what has come. Waits for nothing."""
+        """Have the pages of sequences that are moving here copied, all at once and beside the steps, and say so as they arrive."""
         wanted = {pull.handoff: pull for pull in self.replica.pulls()}
-        for handoff, pull in wanted.items():
-            if handoff not in self.moving:
+        for pull in wanted.values():
+            if pull.handoff not in self.pulling:
                 self.begin_pull(pull)
-        for handoff, (pull, copying) in list(self.moving.items()):
+        for handoff, (pull, transfer) in list(self.pulling.items()):
             if handoff not in wanted:
-                copying.cancel()  # the handoff was aborted; the pages are the copy's until it has settled all the same
-            if copying.poll() and not copying.settled:
-                continue
-            del self.moving[handoff]
-            if copying.state is not PullState.DONE:
-                self.pull_failed(pull, copying.error or f"the pull was {copying.state.value}")
-                continue
-            self.replica.pulled(handoff)
-            self.acknowledge()
-            self.channel.send({"t": "pulled", "handoff": handoff, "moved": len(pull.target_pages), "shared": pull.shared_pages})
+                transfer.cancel()  # aborted: its pages are held until it has really ended
+            transfer.poll()
+            if transfer.settled:
+                del self.pulling[handoff]
+                self.end_pull(pull, transfer)
         for worker in [each for each in self.peers if each not in self.replica.peers]:
-            self.peers.pop(worker).close()
+            if not any(pull.peer.worker == worker for pull, _ in self.pulling.values()):
+                self.peers.pop(worker).close()
 
-    def begin_pull(self, pull: ReplicaPull) -> None:
-        """From now on nothing newer is acknowledged until the copy has settled."""
+    def begin_pull(self, pull: Pull) -> None:
         self.replica.begin_pull(pull.handoff)
+        if not pull.tokens:
+            self.replica.pulled(pull.handoff)  # nothing of it was written, or the pool has all of it
+            return
         try:
             peer = self.peers.get(pull.peer.worker)
             if peer is None:
                 peer = self.peers[pull.peer.worker] = self.memory.open_peer(msgpack.unpackb(pull.peer.memory))
-            self.moving[pull.handoff] = pull, self.memory.begin_pull(peer, pull.source_pages, pull.target_pages)
+            slots: dict[str, Any] = {}
+            if pull.source_page_size != pull.target_page_size:
+                slots = {"tokens": pull.tokens, "source_skip": pull.source_skip}
+            transfer = self.memory.begin_pull(peer, pull.source_pages, pull.target_pages, **slots)
         except (KVError, OSError, RuntimeError) as error:  # the source may have died this moment: that is its end, not ours
             self.pull_failed(pull, error)
+        else:
+            self.pulling[pull.handoff] = pull, transfer
 
-    def pull_failed(self, pull: ReplicaPull, error: object) -> None:
-        reason = f"pages of {pull.peer.name}: {error}"[:500]
-        self.replica.pull_failed(pull.handoff, reason)
-        self.channel.send({"t": "pull_failed", "handoff": pull.handoff, "error": reason})
+    def end_pull(self, pull: Pull, transfer: Transfer) -> None:
+        """Nothing of it can land any more."""
+        if transfer.state is not PullState.DONE:
+            self.pull_failed(pull, transfer.error or f"the pull was {transfer.state.value}")
+            return
+        self.replica.pulled(pull.handoff)
+        self.acknowledge()
+        self.channel.send({"t": "pulled", "handoff": pull.handoff})
+
+    def pull_failed(self, pull: Pull, error: object) -> None:
+        self.replica.pull_failed(pull.handoff, f"pages of {pull.peer.name}: {error}"[:500])
+        self.acknowledge()
+        self.channel.send({"t": "pulled", "handoff": pull.handoff})
 
     def dump(self, sequence: int) -> None:
         """Send a sequence's latents as they lie in its pages: float32 [layers, tokens, entry]."""

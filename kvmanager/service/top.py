@@ -44,6 +44,8 @@ def pools_table(stats: dict[str, Any]) -> Table:
     for name, pool in stats["pools"].items():
         pages = pool["pages"]
         live = f"{len(pool['workers'])}" + (f" [red]+{len(pool['fenced'])} fenced" if pool["fenced"] else "")
+        if pool["draining"]:
+            live += " [yellow]drained" if pool["drained"] else " [yellow]draining"
         counts = [f"{pages[state]:,}" for state, _ in PAGE_STATES]
         table.add_row(Text(name), Text(pool["group"]), bar(pages), *counts, f"{pages['total']:,}", f"{pool['sequences']:,}", live)
     return table
@@ -61,12 +63,12 @@ def workers_table(workers: list[dict[str, Any]]) -> Table:
 
 def handoffs_table(handoffs: list[dict[str, Any]]) -> Table:
     table = Table("handoff", "sequence", "state", "from", "to", box=None, pad_edge=False)
-    for heading in ("tokens", "pages", "of them shared", "age"):
+    for heading in ("tokens", "pages", "of them shared", "failed tries", "age"):
         table.add_column(heading, justify="right")
     for each in handoffs:
         table.add_row(
             *(str(each["handoff"]), str(each["sequence"]), each["state"], Text(each["source"]), Text(each["target"])),
-            *(f"{each[name]:,}" for name in ("tokens", "pages", "pages_shared", "age")),
+            *(f"{each[name]:,}" for name in ("tokens", "pages", "pages_shared", "failed", "age")),
         )
     return table
 

@@ -215,7 +215,7 @@ def _hide_memory(engine: Engine, pool: str) -> None:
     """Make a live worker's pages impossible to open, as they are in the moment after its death."""
     joined = [each for each in decode_batch(engine.client.tables_snapshot()).events if isinstance(each, WorkerJoined)]
     export = next(msgpack.unpackb(each.memory) for each in joined if each.name == pool)
-    Path("/dev/shm", export["name"]).unlink()
+    Path("/dev/shm", export["transports"]["shm"]["name"]).unlink()
 
 
 def test_pages_that_cannot_be_opened_cost_a_retry_not_the_decode_worker(checkpoint: Path) -> None:
@@ -227,7 +227,9 @@ def test_pages_that_cannot_be_opened_cost_a_retry_not_the_decode_worker(checkpoi
         assert sum(request.pull_failures for request in requests) > 0
         assert [name for name, pool in engine.client.stats()["pools"].items() if not pool["workers"]] == []
         served = [request for request in requests if not request.error]
-        assert all("handoff failed 3 times: pages of prefill0" in request.error for request in requests if request.error)
+        assert all(
+            "handoff failed 3 times: worker decode0, 3 tries: pages of prefill0" in request.error for request in requests if request.error
+        )
         assert_served(engine, checkpoint, served)
 
 
@@ -237,7 +239,10 @@ def test_pages_that_can_never_be_opened_fail_the_request_with_the_reason(checkpo
         _hide_memory(engine, "prefill0")
         requests, _ = serve_prompts(engine, [prompt(40, 950)], 8)
         assert requests[0].stage is Stage.FAILED
-        assert "handoff failed 3 times: pages of prefill0: name: expected the shared memory of a live peer" in requests[0].error
+        assert (
+            "handoff failed 3 times: worker decode0, 3 tries: pages of prefill0: name: expected the shared memory of a live peer"
+            in requests[0].error
+        )
         pages = pages_at_rest(engine)
         assert all(each["used"] == 0 and each["quarantined"] == 0 for each in pages.values()), pages
 

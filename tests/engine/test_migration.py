@@ -1,0 +1,68 @@
+"""Requests that decode go on elsewhere, between two of their steps: their tokens are those of a run in which nobody moved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvmanager.examples.engine.checkpoint import make_checkpoint
+from kvmanager.examples.engine.engine import Engine, EngineConfig
+from kvmanager.examples.engine.request import Request, Stage
+from tests.engine.test_engine import PAGE, VOCAB, assert_served
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), seed=3)
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(31)
+    return [rng.integers(0, VOCAB, length).tolist() for length in (1, PAGE, 45, 77)]
+
+
+def until(engine: Engine, requests: list[Request], done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not done():
+        assert time.monotonic() < deadline, [(each.stage, each.pool, each.handoff, len(each.generated)) for each in requests]
+        engine.turn()
+
+
+def test_a_decoding_request_moves_and_its_tokens_are_the_same(checkpoint: Path) -> None:
+    """There and back again, in the middle of its text, while others decode on beside it."""
+    config = EngineConfig(checkpoint, decode_workers=2, page_size=PAGE, keep_latents=True)
+    with Engine(config) as engine:
+        still = [engine.submit(prompt, 40) for prompt in prompts()]
+        until(engine, still, lambda: engine.idle)
+        assert [each.moves for each in still] == [1] * len(still)
+    with Engine(config) as engine:
+        moved = [engine.submit(prompt, 40) for prompt in prompts()]
+        for enough in (5, 15, 25):
+            until(engine, moved, lambda enough=enough: all(len(each.generated) > enough or each.over for each in moved))
+            for request in moved[::2]:
+                if request.stage is Stage.DECODING:
+                    engine.scheduler.migrate(request, "decode1" if request.pool == "decode0" else "decode0")
+        until(engine, moved, lambda: engine.idle)
+        assert min(each.moves for each in moved[::2]) >= 3
+        assert [each.generated for each in moved] == [each.generated for each in still]
+        assert sum(each.lost + each.preempted for each in moved) == 0
+        assert_served(engine, checkpoint, moved)
+
+
+def test_a_drained_worker_leaves_and_nobody_computes_anything_again(checkpoint: Path) -> None:
+    told: list[str] = []
+    config = EngineConfig(checkpoint, decode_workers=2, page_size=PAGE, keep_latents=True)
+    with Engine(config, on_event=told.append) as engine:
+        requests = [engine.submit(prompt, 60) for prompt in prompts()]
+        until(engine, requests, lambda: any(each.pool == "decode0" and each.stage is Stage.DECODING for each in requests))
+        engine.scheduler.drain("decode0")
+        until(engine, requests, lambda: any("decode0 is dead; 0 sequences lost" in text for text in told))
+        assert "pool decode0 is empty: its worker leaves" in told
+        until(engine, requests, lambda: engine.idle)
+        assert sum(each.lost + each.preempted for each in requests) == 0
+        assert any(each.moves > 1 for each in requests)
+        assert_served(engine, checkpoint, requests)
