@@ -219,12 +219,6 @@ def reserved_pages_forgotten_at_the_abort(patch: pytest.MonkeyPatch) -> None:
 
 
 @plant
-def sealed_before_what_was_reserved_for_is_computed(patch: pytest.MonkeyPatch) -> None:
-    honest = handoffs_module.apply_begun
-    patch.setitem(apply_module._APPLY, ev.HandoffBegun, lambda state, event: honest(state, event._replace(until=0)))
-
-
-@plant
 def sealed_while_it_grows(patch: pytest.MonkeyPatch) -> None:
     honest = decide_module.settle_handoffs
 
