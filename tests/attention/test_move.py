@@ -13,8 +13,8 @@ from kvmanager.attention.checksum import sum_segments, sum_target
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.transports.move import plan_move
 from kvmanager.errors import InvalidValue
+from kvmanager.pages.handoff import source_of
 from kvmanager.tables import div_ceil
-from kvmanager.worker.spread import source_rank
 
 LAYERS, SLOT = 3, 8
 
@@ -129,14 +129,8 @@ def test_target_ranks_spread_evenly_over_source_ranks(targets: int, sources: int
     """In one handoff no source serves more than its share; over as many handoffs as there are sources all serve the same."""
     total: Counter[int] = Counter()
     for turn in range(sources):
-        asked = Counter(source_rank(rank, targets, sources, turn) for rank in range(targets))
+        asked = Counter(source_of(rank, targets, sources, turn) for rank in range(targets))
         assert max(asked.values()) <= div_ceil(targets, sources)
         assert targets < sources or min(asked.values()) >= targets // sources
         total += asked
     assert set(total.values()) == {targets} and len(total) == sources
-
-
-def test_ranks_out_of_range_are_refused() -> None:
-    for bad in ((2, 2, 1), (-1, 2, 1), (0, 1, 0), (0, 0, 1)):
-        with pytest.raises(InvalidValue):
-            source_rank(*bad)

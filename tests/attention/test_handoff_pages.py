@@ -1,0 +1,80 @@
+"""A handoff between pools whose pages differ in size, from the manager's plan to the bytes in the target's pages."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from kvmanager import KVManager, ManagerConfig, PoolConfig, Replica
+from kvmanager.attention.layout import LatentLayout
+from kvmanager.attention.memory import PageMemory
+from kvmanager.attention.transports.base import PullState
+from kvmanager.tables import div_ceil
+
+
+class Side:
+    """A pool with one worker: its memory, and the replica that follows the manager."""
+
+    def __init__(self, manager: KVManager, name: str, page_size: int) -> None:
+        self.manager, self.memory = manager, PageMemory(LatentLayout(32, 16, 2, page_size, "float16"), 64)
+        self.memory.pages.fill_(float("nan"))
+        self.replica = Replica(name)
+        self.replica.load(manager.tables_snapshot())
+        manager.subscribe(lambda batch, data: self.replica.feed(data))
+        self.worker = manager.join(name, name, self.memory.layout.fingerprint)
+        self.replica.joined(self.worker)
+
+    def write(self, sequence: int, values: torch.Tensor) -> None:
+        """values [tokens, layers, entry] into the sequence's pages, from its first token on."""
+        pages = self.replica.tables.pages_of(sequence)
+        for token, value in enumerate(values):
+            page, slot = divmod(token, self.memory.layout.page_size)
+            self.memory.pages[int(pages[page]), :, slot] = value
+
+    def read(self, sequence: int, tokens: int) -> torch.Tensor:
+        pages, size = self.replica.tables.pages_of(sequence), self.memory.layout.page_size
+        return torch.stack([self.memory.pages[int(pages[token // size]), :, token % size] for token in range(tokens)])
+
+    def ack(self) -> None:
+        if (content := self.replica.ack()) is not None:
+            self.manager.ack(self.worker, **content._asdict())
+
+
+@pytest.mark.parametrize(("source_size", "target_size"), list(itertools.permutations([16, 32, 64], 2)))
+def test_sequences_keep_their_latents_across_page_sizes(source_size: int, target_size: int) -> None:
+    """Two prompts with a common beginning, one after the other: the second moves only what the target lacks, from the middle of a page if need be."""
+    pools = (PoolConfig("P", 64, page_size=source_size), PoolConfig("D", 64, page_size=target_size))
+    manager = KVManager(ManagerConfig(pools=pools))
+    source, target = Side(manager, "P", source_size), Side(manager, "D", target_size)
+    peer = target.memory.open_peer(source.memory.export())
+    values = torch.randn((150, 2, 48)).half()
+    moved = []
+    for length in (131, 150):
+        opened = manager.open(list(range(1, length + 1)), "P", chunk=length)
+        source.write(opened.sequence, values[:length])
+        version = source.replica.step
+        source.replica.finish(version, [opened.sequence])
+        source.ack()
+        manager.hand_off(opened.sequence, "D")
+        for _ in range(4):
+            source.ack()
+            target.ack()
+        (pull,) = target.replica.pulls()
+        target.replica.begin_pull(pull.handoff)
+        options = {"tokens": pull.tokens, "source_skip": pull.source_skip}
+        copying = target.memory.begin_pull(peer, pull.source_pages, pull.target_pages, **options)
+        assert copying.wait(30) is PullState.DONE
+        target.replica.pulled(pull.handoff)
+        for _ in range(4):
+            target.ack()
+            source.ack()
+        assert torch.equal(target.read(opened.sequence, length), values[:length])
+        moved.append((pull.tokens, len(pull.target_pages), pull.shared_pages))
+    shared = 131 // target_size
+    assert moved == [(131, div_ceil(131, target_size), 0), (150 - shared * target_size, div_ceil(150, target_size) - shared, shared)]
+    assert np.isfinite(target.read(opened.sequence, 150).float().numpy()).all()
+    source.memory.close()
+    target.memory.close()
