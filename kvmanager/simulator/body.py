@@ -51,7 +51,7 @@ class Body:
         self._waiting_for = self._waiting_since = 0  # a step that waits for its order, and since when
         self._joined_at = 0
         self._page_us = world.rng.choice((300, 1_000, 30_000))  # to copy one page of a pull
-        self.patience_us = world.rng.choice((0, 40_000, 400_000))  # to wait for an answer to its joining
+        self.patience_us = world.rng.choice((0, 10_000, 40_000))  # to wait for an answer to its joining
         self._lives = 0  # of the manager's, that the replica has followed
         self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
         self._copies: dict[int, Pull] = {}

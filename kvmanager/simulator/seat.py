@@ -124,7 +124,7 @@ class Seat:
         body = command_to_wire(command)
         if isinstance(command, Step):
             body["seen"] = self.seen
-        patience_us = 0 if self.healing else self.drawn("patience", 0, 0, 100_000, 1_000_000)
+        patience_us = 0 if self.healing else self.drawn("patience", 0, 20_000, 100_000)
         self.caller.ask(body, self._answered, patience_us)
 
     def ask(self, message: dict[str, Any]) -> None:
