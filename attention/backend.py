@@ -85,7 +85,7 @@ class MLABackend:
 
     @property
     def kernel(self) -> str:
-        """What decode and prefill run on: "hopper" (mla_decode_hopper.py), "triton" (mla_decode.py) or "torch"."""
+        """What decode and prefill run on: "hopper" or "hopper_fp8" (mla_decode_hopper*.py), "triton" (mla_decode.py) or "torch"."""
         return "torch" if self._cuda is None else self._cuda.kernel
 
     @property

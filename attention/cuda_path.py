@@ -27,6 +27,13 @@ def hopper_shape(num_heads: int, rank: int, num_programs: int, pieces: int = 0) 
     return Shape(num_heads, hopper.BLOCK_ROWS, tokens, num_programs, split_tiles_min=1, whole_tiles=3, piece_tiles=pieces // tokens)
 
 
+def hopper_fp8_shape(num_heads: int, several_tokens: bool, num_programs: int) -> Shape:
+    """What a work list for the Hopper kernel of eight-bit latents is cut for."""
+    from kvmanager.kernels import mla_decode_hopper_fp8 as hopper_fp8
+
+    return Shape(num_heads, hopper_fp8.block_rows(num_heads, several_tokens), hopper_fp8.BLOCK_TOKENS, num_programs, whole_tiles=3)
+
+
 class CudaPath:
     """Launches one backend's kernels. The partial buffers are shared by all layers and both kinds of rows: stream order keeps them apart."""
 
@@ -38,9 +45,9 @@ class CudaPath:
         pieces = piece_tokens(options, num_heads)
         properties = torch.cuda.get_device_properties(device)
         arch = properties.major * 10 + properties.minor
-        self.kernel, self.why = choose_kernel(layout, arch, mla_decode.TRITON_VERSION, options)
+        self.kernel, self.why = choose_kernel(layout, arch, mla_decode.TRITON_VERSION, options, num_heads)
         self._stored = [view_pages(memory.layer(index), self._rank, layout.scale_of(index)) for index in range(layout.num_layers)]
-        self._is_fp8 = layout.is_fp8
+        self._is_fp8, self._overlap = layout.is_fp8, arch >= 90
         self._programs = properties.multi_processor_count
         dtype = memory.pages.dtype
         self._sparse_tile = mla_decode_sparse.choose_tile(num_heads, layout.kv_lora_rank, layout.qk_rope_head_dim, dtype, arch)
@@ -50,6 +57,8 @@ class CudaPath:
             # Made here, once: what TMA must know of a layer's pages never changes, and nothing is made on the step path.
             self._pages = [mla_decode_hopper.describe_pages(memory.layer(index), self._rank) for index in range(layout.num_layers)]
             shapes = [hopper_shape(num_heads, self._rank, properties.multi_processor_count, pieces)] * 2
+        elif self.kernel == "hopper_fp8":
+            shapes = [hopper_fp8_shape(num_heads, several, properties.multi_processor_count) for several in (False, True)]
         else:
             self._tiles = [
                 mla_decode.choose_tile(num_heads, layout.kv_lora_rank, layout.qk_rope_head_dim, dtype, arch, several)
@@ -81,16 +90,18 @@ class CudaPath:
     def write(self, plan: Plan, layer: int, latent: Tensor) -> None:
         slots = _device_plan(plan).slots
         if self._is_fp8:
-            latent_write.write_quantised(latent, slots, self._stored[layer])
+            latent_write.write_quantised(latent, slots, self._stored[layer], self._overlap)
         else:
-            latent_write.write_latent(latent, slots, self._memory.layer(layer), self._rank)
+            latent_write.write_latent(latent, slots, self._memory.layer(layer), self._rank, self._overlap)
 
     def write_raw(self, plan: Plan, layer: int, raw: Tensor, projection: Projection) -> None:
-        latent_write.write_projection(raw, _device_plan(plan).slots, self._stored[layer], projection)
+        latent_write.write_projection(raw, _device_plan(plan).slots, self._stored[layer], projection, self._overlap)
 
     def attend_selected(self, layer: int, q: Tensor, indices: Tensor, out: Tensor, lse: Tensor) -> None:
         tile = self._sparse_tile
-        cut = mla_decode_sparse.cut_lists(q.shape[0], q.shape[1], indices.shape[1], tile, self._programs * tile.programs_per_sm)
+        # Where a list is cut depends on how many there are: under batch invariance none is.
+        programs = 0 if self._options.batch_invariant else self._programs * tile.programs_per_sm
+        cut = mla_decode_sparse.cut_lists(q.shape[0], q.shape[1], indices.shape[1], tile, programs)
         partial_out = self._partial_out[: cut.partials * tile.block_rows * self._rank].view(-1, tile.block_rows, self._rank)
         partial_lse = self._partial_lse[: cut.partials * tile.block_rows].view(-1, tile.block_rows)
         mla_decode_sparse.attend_selected(q, self._stored[layer], indices, out, lse, partial_out, partial_lse, self._scale, tile, cut)
@@ -108,6 +119,10 @@ class CudaPath:
                 from kvmanager.kernels import mla_decode_hopper
 
                 mla_decode_hopper.attend(q, self._pages[layer], *lists, placed=options.batch_invariant, sink=sink)
+            elif self.kernel == "hopper_fp8":
+                from kvmanager.kernels import mla_decode_hopper_fp8
+
+                mla_decode_hopper_fp8.attend(q, self._stored[layer], *lists)
             else:
                 pages, tile = self._stored[layer], self._tiles[kind]
                 mla_decode.attend(q, pages, *lists, tile, soft_cap=options.logit_soft_cap, window=options.sliding_window, sink=sink)

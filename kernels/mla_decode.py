@@ -47,12 +47,14 @@ def choose_tile(num_heads: int, rank: int, rope: int, dtype: torch.dtype, arch: 
     heights = (64, 32, 16) if (several_tokens or num_heads > 16) and block_rank <= 512 else (16,)
     is_fp8 = dtype.itemsize == 1
     budget = _SHARED_BYTES.get(arch, 99) * 1024 - 2048
-    for block_rows in heights if is_fp8 else ():
-        for block_tokens in (64, 32):
-            wide, stored = (block_tokens + (block_rows if block_rows > 16 else 0)) * width * 2, block_tokens * (width + 80)
-            if wide + (2 if block_rows == 16 else 1) * stored <= budget:
-                return Tile(block_rows, block_tokens, 8, 2, 1)
-    for block_rows in () if is_fp8 else heights:
+    if is_fp8:
+        # Heights of 16: smaller tiles and more programs hide more of the conversion (0.60 against 0.67 ms at 128 x 16 x 8,192 on an H100).
+        for tile in (Tile(64, 64, 8, 2, 1), Tile(64, 32, 8, 2, 1)) if heights[0] == 64 else ():
+            if (tile.block_tokens + 64) * width * 2 + tile.block_tokens * (width + 80) <= budget:
+                return tile
+        fits = 32 * (width * 2 + 2 * (width + 80)) <= budget
+        return Tile(16, 32, 4, 2, 2) if fits else Tile(16, 16, 4, 1, 1)
+    for block_rows in heights:
         for block_tokens, num_stages in _TOKENS_AND_STAGES[: 2 if block_rows > 16 else None]:
             num_warps = 8 if block_rows == 64 and block_rank > 128 else 4
             exchange = block_rows * block_tokens if num_warps == 8 else 0  # probabilities cross between two warpgroups

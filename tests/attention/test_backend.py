@@ -300,3 +300,12 @@ def test_listed_slots_take_no_option(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue) as caught:
         backend.attend_selected(plan, 0, problem.q[0], torch.zeros(1, 2, dtype=torch.int32))
     assert caught.value.field in ("batch_invariant", "logit_soft_cap", "sliding_window", "has_sink")
+
+
+@pytest.mark.parametrize("options", [{"logit_soft_cap": 30.0}, {"sliding_window": 8}, {"sinks": torch.zeros(2, 3)}], ids=str)
+def test_lists_are_refused_where_an_option_would_be_left_out(options: dict[str, Any]) -> None:
+    problem = make_problem(LatentLayout(32, 16, 2, 16, "float32"), [5], [1], 3, written=True)
+    backend = MLABackend(problem.memory, 3, problem.scale, max_tokens=8, max_batch=8, max_pages=8, **options)
+    plan = backend.plan(problem.tables, [1])
+    with pytest.raises(InvalidValue, match="listed slots"):
+        backend.attend_selected(plan, 0, problem.q[0], torch.zeros((1, 4), dtype=torch.int32))

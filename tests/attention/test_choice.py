@@ -21,7 +21,9 @@ def test_hopper_cards_get_the_hopper_kernel(rank: int, rope: int, dtype: str, ve
         (LatentLayout(512, 64, 1), 80, "3.6.0", "sm_80"),
         (LatentLayout(512, 64, 1), 100, "3.6.0", "sm_100"),
         (LatentLayout(512, 64, 1, dtype="float32"), 90, "3.6.0", "float32"),
-        (LatentLayout(512, 64, 1, dtype="fp8_ds_mla"), 90, "3.6.0", "fp8_ds_mla"),
+        (LatentLayout(512, 64, 1, dtype="fp8_ds_mla"), 90, "3.6.0", "128 heads"),
+        (LatentLayout(512, 32, 1, dtype="float8_e4m3fn", scales=(1.0,)), 90, "3.6.0", "512 + 32"),
+        (LatentLayout(512, 64, 1, dtype="fp8_ds_mla"), 100, "3.6.0", "sm_100"),
         (LatentLayout(512, 64, 1, dtype="float8_e4m3fn", scales=(1.0,)), 89, "3.6.0", "sm_89"),
         (LatentLayout(576, 64, 1), 90, "3.6.0", "576"),
         (LatentLayout(64, 64, 1), 90, "3.6.0", "64"),
@@ -57,3 +59,17 @@ def test_default_pieces_depend_on_heads_alone_and_fit_every_tile() -> None:
     for heads in (1, 16, 17, 64, 65, 1024):
         assert piece_tokens(Options(batch_invariant=True), heads) % PIECE_TOKENS_MULTIPLE == 0
         assert piece_tokens(Options(batch_invariant=True, invariant_tokens=768), heads) == 768
+
+
+@pytest.mark.parametrize(
+    "layout", [LatentLayout(512, 64, 1, 16, "fp8_ds_mla"), LatentLayout(512, 64, 1, 16, "float8_e4m3fn", scales=(1.0,))]
+)
+def test_hopper_cards_get_the_hopper_kernel_of_eight_bits_for_few_heads(layout: LatentLayout) -> None:
+    for options in (Options(batch_invariant=True), Options(has_sink=True), Options(sliding_window=8), Options(logit_soft_cap=1.0)):
+        assert choose_kernel(layout, 90, "3.6.0", options, 16).kernel == "triton"
+    for heads in (1, 16, 32):
+        assert choose_kernel(layout, 90, "3.6.0", None, heads).kernel == "hopper_fp8"
+    assert "3.5.0" in choose_kernel(layout, 90, "3.5.0", None, 16).why and choose_kernel(layout, 90, "3.5.0", None, 16).kernel == "triton"
+    assert choose_kernel(layout, 90, "3.6.0", None, 33) == choose_kernel(layout, 90, "3.6.0")._replace(
+        why=choose_kernel(layout, 90, "3.6.0", None, 33).why
+    )

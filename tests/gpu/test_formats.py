@@ -13,6 +13,7 @@ from kvmanager.kernels.latent_write import Projection, write_projection, write_q
 
 FP8 = torch.float8_e4m3fn
 SCALE = 0.03
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def layouts(page_size: int) -> list[LatentLayout]:
@@ -53,7 +54,12 @@ def test_quantised_write_gives_the_bytes_of_the_cpu_and_touches_nothing_else(
     (want, want_pages), (got, got_pages) = (pool_on(device, dtype, width, page_size) for device in ("cpu", "cuda"))
     torch_path.write_latent(latent, slots, want_pages, SCALE)
     write_quantised(latent.cuda(), slots.cuda(), view_pages(got_pages, rank, SCALE))
-    assert torch.equal(as_bytes(got), as_bytes(want))
+    got_bytes, want_bytes = as_bytes(got), as_bytes(want)
+    if dtype == torch.uint8:  # which of bfloat16's many NaN is stored is the device's choice
+        for stored in (got_bytes, want_bytes):
+            k_pe = stored[..., 528:].view(torch.bfloat16)
+            k_pe[torch.isnan(k_pe)] = float("nan")
+    assert torch.equal(got_bytes, want_bytes)
 
 
 @pytest.mark.parametrize("source_order,target_order", [("interleaved", "interleaved"), ("interleaved", "half"), ("half", "half")])
@@ -104,7 +110,10 @@ def test_step_equals_the_reference_of_what_the_bytes_mean(which: int, page_size:
             out, lse = backend.decode(plan, layer, problem.q[layer, : plan.num_decode])
             more_out, more_lse = backend.prefill(plan, layer, problem.q[layer, plan.num_decode :])
             check_attention(problem, layer, torch.cat([out, more_out]), torch.cat([lse, more_lse]))
-        assert backend.kernel == "triton" and layout.dtype in backend.why
+        assert (
+            backend.kernel == ("hopper_fp8" if layout.kv_lora_rank == 512 and heads <= 32 and HOPPER else "triton")
+            and layout.dtype in backend.why
+        )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +121,7 @@ def test_step_equals_the_reference_of_what_the_bytes_mean(which: int, page_size:
 )
 def test_selected_slots_equal_the_reference(layout: LatentLayout) -> None:
     """Few tokens, whose lists are cut, and many; heads 1 to 128; padding, slots out of range, an empty list, NaN in all other slots."""
-    for tokens, heads, topk in ((3, 16, 2048), (200, 16, 300), (2, 128, 2048), (100, 128, 64), (5, 1, 1), (4, 65, 1000)):
+    for tokens, heads, topk in ((3, 16, 2048), (120, 16, 300), (2, 128, 2048), (100, 128, 64), (5, 1, 1), (4, 65, 1000)):
         problem = make_problem(layout, [1000] * tokens, [1] * tokens, heads, "cuda", seed=heads, written=True)
         read = (~problem.unread).flatten().nonzero().flatten()
         lists = read[torch.randint(0, len(read), (tokens, topk))].int()
