@@ -37,7 +37,8 @@ gpu-test: ## the tests that need a CUDA device, with the machine's own python3, 
 
 gpu-bench: ## check the kernels, then time them: card, floor, time, percent of floor; nothing is installed
 	@$(RUN) $(PYTHON) benchmarks/bench_decode.py $(ARGS)
-	@$(RUN) $(PYTHON) benchmarks/bench_write.py $(ARGS)
+	@$(RUN) $(PYTHON) benchmarks/bench_write.py
+	@$(RUN) $(PYTHON) benchmarks/bench_sparse.py
 
 clean: ## remove build outputs and caches (.venv stays; rm -r it to begin anew)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

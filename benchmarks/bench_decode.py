@@ -2,8 +2,8 @@
 
     python3 benchmarks/bench_decode.py [SHAPE ...]
 
-A SHAPE is batch x heads x KV length, then any of: r (ragged), qN (N query tokens, causal), dRANK+ROPE, pPAGE; such as 128x16x4096r or
-32x128x4096q4 or 128x128x4096d256+32p32. Times one call (all splits and the merge) by graph replay over layers whose latents don't fit the L2
+A SHAPE is batch x heads x KV length, then any of: r (ragged), qN (N query tokens, causal), dRANK+ROPE, pPAGE, and e4m3 or fp8_ds_mla (how
+latents are stored); such as 128x16x4096r or 32x128x4096q4 or 128x128x4096d256+32p32 or 128x16x8192fp8_ds_mla. Times one call (all splits and the merge) by graph replay over layers whose latents don't fit the L2
 cache, beside the peers (peers.py); the plan is outside and timed by itself. Floor: the larger of latent, query and output bytes over
 memory bandwidth (the better of copying and reading: decode mostly reads) and FLOPs over the matmul rate, all measured in the same run.
 Times are those of a burst on a rested card; those of sustained work, against the sustained matmul rate, are in brackets.
@@ -12,6 +12,7 @@ The table goes to benchmarks/results/, or to the folder that $KVMANAGER_RESULTS 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -19,6 +20,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -32,16 +34,21 @@ from kvmanager.attention.layout import LatentLayout
 SHAPES = [
     "128x128x4096", "128x128x8192r", "128x128x32768r", "8x128x16384", "64x16x8192", "128x16x4096r", "1x128x4096", "1x16x65536",
     "32x128x4096q4", "128x16x4096q4", "128x128x4096d256+32", "128x128x4096d512+32", "128x128x4096p16", "128x128x4096p32", "64x16x8192p16",
-    "128x8x4096", "128x40x4096", "128x96x4096",
+    "128x8x4096", "128x40x4096", "128x96x4096", "128x16x8192", "128x16x8192e4m3", "128x16x8192fp8_ds_mla",
 ]  # fmt: skip
-SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(r?)(?:q(\d+))?(?:d(\d+)\+(\d+))?(?:p(\d+))?")
+SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(r?)(?:q(\d+))?(?:d(\d+)\+(\d+))?(?:p(\d+))?(e4m3|fp8_ds_mla)?")
+FORMATS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "e4m3": {"dtype": "float8_e4m3fn", "scales": (0.002,)},
+    "fp8_ds_mla": {"dtype": "fp8_ds_mla"},
+}
 
 
 def problem_of(shape: str) -> tuple[Problem, int]:
     """A problem of one of the shapes above, written, over layers enough that they don't fit the L2 cache; and its query tokens a sequence."""
     match = SHAPE.fullmatch(shape)
     if match is None:
-        raise SystemExit(f"shape: expected BATCHxHEADSxLENGTH, then r, qN, dRANK+ROPE, pPAGE as needed, got {shape}")
+        raise SystemExit(f"shape: expected BATCHxHEADSxLENGTH, then r, qN, dRANK+ROPE, pPAGE, FORMAT as needed, got {shape}")
     batch, heads, mean = (int(match[index]) for index in (1, 2, 3))
     query_len, rank, rope, page_size = (int(match[index] or default) for index, default in ((5, 1), (6, 512), (7, 64), (8, 64)))
     lengths = [mean] * batch
@@ -49,9 +56,9 @@ def problem_of(shape: str) -> tuple[Problem, int]:
         lengths = (
             torch.normal(float(mean), mean / 2, (batch,), generator=torch.Generator().manual_seed(0)).clamp(64, 2 * mean).int().tolist()
         )
-    layout = LatentLayout(rank, rope, 1, page_size)
+    layout = LatentLayout(rank, rope, 1, page_size, **FORMATS[match[9]])
     num_layers = max(1, min(32, -(-COLD_BYTES // (sum(lengths) * layout.slot_bytes))))
-    layout = LatentLayout(rank, rope, num_layers, page_size)
+    layout = dataclasses.replace(layout, num_layers=num_layers)
     return make_problem(layout, lengths, [query_len] * batch, heads, "cuda", written=True), query_len
 
 
