@@ -516,6 +516,7 @@ class Replica:
 
     def _on_resident(self, event: ev.HandoffResident) -> None:
         move = self._handoffs.pop(event.handoff)
+        self._pulls.pop(event.handoff, None)  # a replica that has not been told its id lists what another life of its worker has pulled
         self._owed |= move.source == self.pool
         length = self.tables.length(move.sequence)
         self.tables.place(move.sequence, move.target, length, np.concatenate([move.shared, move.fresh]))

@@ -106,3 +106,13 @@ def test_an_aborted_handoff_takes_its_failure_with_it() -> None:
     assert content is not None and content.failed == []
     rig.kv.ack(rig.targets[0], **content._asdict())
     assert not rig.kv.state.handoffs
+
+
+def test_a_replica_that_learns_its_id_after_the_handoff_has_nothing_left_to_pull() -> None:
+    """Found by the simulator: the worker's own report made the sequence resident before the reply to its joining was read."""
+    rig = Rig(told=False)
+    [replica] = rig.replicas
+    assert [pull.handoff for pull in replica.pulls()] == [rig.handoff]
+    rig.kv.ack(rig.targets[0], rig.kv.state.version, pulled=[rig.handoff])
+    assert replica.pulls() == []
+    replica.joined(rig.targets[0])
