@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from kvmanager.errors import KVError
@@ -38,7 +38,15 @@ def bar(pages: dict[str, int], cells: int = BAR_CELLS) -> Text:
 
 
 def pools_table(stats: dict[str, Any]) -> Table:
-    table = Table("pool", "group", "pages", *(f"[{colour}]{state}" for state, colour in PAGE_STATES), "total", box=None, pad_edge=False)
+    table = Table(
+        "pool",
+        "group",
+        Column("pages", max_width=BAR_CELLS),
+        *(f"[{colour}]{state}" for state, colour in PAGE_STATES),
+        "total",
+        box=None,
+        pad_edge=False,
+    )
     for heading in ("sequences", "workers"):
         table.add_column(heading, justify="right")
     for name, pool in stats["pools"].items():
@@ -62,7 +70,7 @@ def workers_table(workers: list[dict[str, Any]]) -> Table:
 
 
 def handoffs_table(handoffs: list[dict[str, Any]]) -> Table:
-    table = Table("handoff", "sequence", "state", "from", "to", box=None, pad_edge=False)
+    table = Table("handoff", "sequence", Column("state", min_width=10), "from", "to", box=None, pad_edge=False)
     for heading in ("tokens", "pages", "of them shared", "failed tries", "age"):
         table.add_column(heading, justify="right")
     for each in handoffs:
