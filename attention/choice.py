@@ -13,10 +13,8 @@ __all__ = ["Choice", "choose_kernel"]
 HOPPER_ARCH = 90  # wgmma exists there and nowhere else
 FP8_ARCH_MIN = 89  # e4m3 is converted from there on
 HOPPER_RANKS = (65, 512)  # two warpgroups' registers hold 64 rows of 512; a narrower half than 64 columns is no swizzled tile
-HOPPER_FP8_DIMS, HOPPER_FP8_HEADS_MAX = (
-    (512, 64),
-    32,
-)  # a warpgroup's registers hold 32 heads; beyond, the plain kernel's 64 rows are faster
+HOPPER_FP8_DIMS = (512, 64)
+HOPPER_FP8_HEADS_MAX = 32  # so many a warpgroup's registers hold; beyond, the plain kernel's 64 rows are faster
 HOPPER_ROPE_MAX = 64  # probabilities take the place of a tile's rotary keys in shared memory
 TRITON_VERSIONS = ((3, 6), (3, 10))  # from, and before: Gluon is experimental, and these are the versions the kernel is compiled under
 
@@ -32,15 +30,21 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
 
 
+def _is_known(triton_version: str) -> bool:
+    first, before = TRITON_VERSIONS
+    return first <= _version(triton_version) < before
+
+
 def choose_kernel(layout: LatentLayout, arch: int, triton_version: str, options: Options | None = None, num_heads: int = 128) -> Choice:
     """arch: compute capability times ten (90 is Hopper). Raises InvalidValue where no kernel takes the layout."""
+    options = options or Options()
     low, high = HOPPER_RANKS
     if layout.is_fp8 and arch < FP8_ARCH_MIN:
         raise InvalidValue("dtype", f"bfloat16, float16 or float32 on sm_{arch}: eight bits need sm_{FP8_ARCH_MIN}", layout.dtype)
     if arch != HOPPER_ARCH:
         return Choice("triton", f"architecture sm_{arch}: the Hopper kernel needs sm_{HOPPER_ARCH}")
     if layout.is_fp8:
-        return _choose_fp8(layout, triton_version, options or Options(), num_heads)
+        return _choose_fp8(layout, triton_version, options, num_heads)
     if layout.dtype not in ("bfloat16", "float16"):
         return Choice("triton", f"dtype {layout.dtype}: the Hopper kernel takes bfloat16 and float16")
     if not low <= layout.kv_lora_rank <= high:
@@ -48,9 +52,9 @@ def choose_kernel(layout: LatentLayout, arch: int, triton_version: str, options:
     if layout.qk_rope_head_dim > HOPPER_ROPE_MAX:
         return Choice("triton", f"qk_rope_head_dim {layout.qk_rope_head_dim}: the Hopper kernel takes at most {HOPPER_ROPE_MAX}")
     for field in ("logit_soft_cap", "sliding_window"):
-        if options is not None and getattr(options, field) is not None:
+        if getattr(options, field) is not None:
             return Choice("triton", f"{field}: the Hopper kernel has none")
-    if not TRITON_VERSIONS[0] <= _version(triton_version) < TRITON_VERSIONS[1]:
+    if not _is_known(triton_version):
         return Choice("triton", f"Triton {triton_version}: the Hopper kernel is compiled under 3.6 to 3.9")
     return Choice("hopper", f"sm_{arch}, {layout.kv_lora_rank} + {layout.qk_rope_head_dim}, {layout.dtype}, Triton {triton_version}")
 
@@ -64,6 +68,6 @@ def _choose_fp8(layout: LatentLayout, triton_version: str, options: Options, num
             return Choice("triton", f"{field}: the Hopper kernel of {layout.dtype} has none")
     if num_heads > HOPPER_FP8_HEADS_MAX:
         return Choice("triton", f"{layout.dtype} with {num_heads} heads: the Hopper kernel is the faster one to {HOPPER_FP8_HEADS_MAX}")
-    if not TRITON_VERSIONS[0] <= _version(triton_version) < TRITON_VERSIONS[1]:
+    if not _is_known(triton_version):
         return Choice("triton", f"Triton {triton_version}: the Hopper kernel of {layout.dtype} is compiled under 3.6 to 3.9")
     return Choice("hopper_fp8", f"sm_{HOPPER_ARCH}, 512 + 64, {layout.dtype}, {num_heads} heads, Triton {triton_version}")

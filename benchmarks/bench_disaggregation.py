@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -36,11 +36,12 @@ SMALL: dict[str, Any] = {"first_k_dense_replace": 4}
 WARM_UP = 4  # requests before the clock starts, of tokens that no other has
 
 
-class Arrival:
+class Arrival(NamedTuple):
     """One request to come: when, its prompt, and how many tokens to generate."""
 
-    def __init__(self, after_s: float, prompt: list[int], new_tokens: int) -> None:
-        self.after_s, self.prompt, self.new_tokens = after_s, prompt, new_tokens
+    after_s: float
+    prompt: list[int]
+    new_tokens: int
 
 
 def arrivals_of(traced: list[TracedRequest], scale: int, seconds: float, vocab: int) -> list[Arrival]:

@@ -9,6 +9,7 @@ Nothing here looks at all handoffs at once: a command costs what it moves on, ho
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -39,7 +40,7 @@ from kvmanager.tables import div_ceil
 
 __all__ = ["abort", "abort_asked", "expire", "give_up", "hand_off", "list_handoffs", "pull_failed", "pulled", "settle_handoffs"]
 
-NO_POOLS = np.zeros(0, np.int32)
+NO_PAGES = np.zeros(0, np.int32)
 QUEUE_LOOKS = 16  # handoffs of a full pool's queue that one command tries: those at its head, past tenants that are at their quota
 REASON_MAX = 300
 
@@ -213,10 +214,16 @@ def give_up(draft: Draft, handoff: Handoff, code: str, reason: str) -> None:
         draft.redirected[handoff.handoff_id] = code
 
 
+def _clocks(state: State) -> tuple[tuple[Iterable[int], int], ...]:
+    """Handoffs that time ends, the one that has waited longest first, and how long each may get no further; 0 is for ever."""
+    handoffs, config = state.handoffs, state.config
+    return (handoffs.moving, config.handoff_timeout_ms), (handoffs.waiting, config.handoff_wait_ms)
+
+
 def expire(draft: Draft, now_ms: int) -> None:
-    """Give up what got no further for too long. The one that has waited longest comes first in each list."""
-    handoffs, config = draft.state.handoffs, draft.state.config
-    for among, limit in ((handoffs.moving, config.handoff_timeout_ms), (handoffs.waiting, config.handoff_wait_ms)):
+    """Give up what got no further for too long."""
+    handoffs = draft.state.handoffs
+    for among, limit in _clocks(draft.state):
         late: list[int] = []
         for number in among if limit else ():
             if now_ms - handoffs[number].since_ms <= limit:
@@ -232,8 +239,8 @@ def expire(draft: Draft, now_ms: int) -> None:
 
 def is_overdue(state: State, now_ms: int) -> bool:
     """Whether `expire` has something to do."""
-    handoffs, config = state.handoffs, state.config
-    for among, limit in ((handoffs.moving, config.handoff_timeout_ms), (handoffs.waiting, config.handoff_wait_ms)):
+    handoffs = state.handoffs
+    for among, limit in _clocks(state):
         first = next(iter(among), 0)
         if limit and first and now_ms - handoffs[first].since_ms > limit:
             return True
@@ -388,7 +395,7 @@ def _reserved(draft: Draft, handoff: Handoff | None, handoff_id: int) -> np.ndar
     """Pages of the target that were taken for the handoff before it moves."""
     if handoff is not None:
         return np.array(handoff.target_pages[handoff.target_fresh :], np.int32)
-    return draft.reserved[handoff_id][1] if handoff_id in draft.reserved else NO_POOLS
+    return draft.reserved[handoff_id][1] if handoff_id in draft.reserved else NO_PAGES
 
 
 def _cannot(draft: Draft, handoff: Handoff | None, handoff_id: int, refusal: KVError) -> KVError:

@@ -35,7 +35,7 @@ def join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any
         raise WrongState("pool", pool.name, f"at most {pool.workers_expected} live workers", "one more")
     if pool.layout and command.layout != pool.layout:
         raise LayoutMismatch(f"pool {pool.name}", pool.layout, command.layout)
-    if pool.prefix.pages_indexed or any(sequence.pool == pool.index for sequence in state.sequences.values()):
+    if pool.prefix.pages_indexed or pool.arrivals.count:
         # Fresh memory beside pages that hold something: this worker would read garbage.
         raise WrongState("pool", pool.name, "an empty pool for a worker with fresh memory", "cached pages or open sequences")
     lease_ms = command.lease_ms or state.config.lease_ms
