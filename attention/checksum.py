@@ -62,7 +62,7 @@ def sum_segments(pages: Tensor, layout: LatentLayout, segments: np.ndarray, laye
 
         words = pages.view(dtype=torch.int64).view(len(pages), layout.num_layers, layout.page_size, num_words)
         name = str(pages.device)
-        rows = torch.from_numpy(segments.astype(np.int32)).to(pages.device)
+        rows = torch.from_numpy(np.ascontiguousarray(segments, np.int32)).to(pages.device)  # columns picked by index come transposed
         by_slot, by_word = slot_factors(layout.num_layers, factor_page_size, name), word_factors(num_words, name)
         with torch.cuda.device(pages.device):  # a kernel runs on the current card, whatever its arguments
             return sum_pages(words, rows, first, end, by_slot, by_word).cpu().numpy().view(np.uint64)

@@ -43,7 +43,6 @@ REPEATS = 15
 def serve(pipe: Any, layout: LatentLayout, num_pages: int, device: str, transports: tuple[str, ...]) -> None:
     """The source's process: random bytes in its pages, sums on request."""
     torch.set_num_threads(1)
-    nixl_transport.DEVICE_MEMORY = True
     memory = PageMemory(layout, num_pages, device, transports=transports)
     words = memory.pages.view(torch.int64)
     seed = torch.randint(-(2**62), 2**62, (num_pages, 1, 1, 1), device=memory.device)
@@ -243,7 +242,7 @@ def nixl(report: Report, num_pages: int) -> None:
     """Ours against NIXL's own wrapper: the same source, the same target memory, the same descriptors, checked alike."""
     rng = np.random.default_rng(0)
     os.environ.setdefault("UCX_NET_DEVICES", "lo")
-    for tls in ("", "tcp"):
+    for tls in ("", "tcp,cuda_copy" if torch.cuda.is_available() else "tcp"):  # where there are cards NIXL insists on their transport
         nixl_over(report, rng, num_pages, tls)
 
 
@@ -262,7 +261,6 @@ def plain_copy(report: Report, first: str, last: str, num_bytes: int) -> float:
 
 def nixl_cuda(report: Report, num_pages: int) -> None:
     """NIXL between device memories of one host: what two hosts use, here over whatever UCX finds."""
-    nixl_transport.DEVICE_MEMORY = True
     rng = np.random.default_rng(0)
     first, last = "cuda:0", f"cuda:{torch.cuda.device_count() - 1}"
     layout = LatentLayout(**V3, num_layers=61)

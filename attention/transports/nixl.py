@@ -44,7 +44,6 @@ PIECE_BYTES = 32 << 20  # posted at a time: 3 ms of copying over shared memory
 PIECES_MAX = 2  # of all pulls from one peer, under way at once: 64 MiB are 0.6 s of the slowest network in use
 GRACE_S = 3.0  # what a cancelled pull is given to end by itself before its agent is destroyed
 CLOSE_S_MAX = 60.0
-DEVICE_MEMORY = False  # see the last point above: set only to find out
 _IDLE_POLL_US = 100_000  # of the agent's progress thread; events wake it
 _PAUSE_S = 20e-6, 1e-3  # between looks at transfers under way: first, and at most
 
@@ -317,8 +316,6 @@ class NixlTransport:
     name = "nixl"
 
     def __init__(self, own: OwnPages) -> None:
-        if own.rows is None and not DEVICE_MEMORY:
-            raise TransportUnavailable("nixl", "device memory: not verified on this version, host memory only (docs/transports.md)")
         self._own = own
         self._serving = _Agent(own)
         self._metadata = self._serving.metadata()

@@ -16,7 +16,6 @@ import torch
 
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
-from kvmanager.attention.transports import nixl
 
 
 def content(layout: LatentLayout, num_pages: int, seed: int) -> torch.Tensor:
@@ -51,8 +50,6 @@ def _own(
 ) -> None:
     if namespace:
         _enter(namespace)
-    if device != "cpu" and transports == ("nixl",):
-        nixl.DEVICE_MEMORY = True
     memory = PageMemory(layout, num_pages, device, transports=transports)
     if seed >= 0:
         as_bytes(memory).copy_(content(layout, num_pages, seed))

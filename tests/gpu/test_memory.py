@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from kvmanager.attention.checksum import sum_target
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.transports import cuda_ipc
 from kvmanager.attention.transports.base import PullState
+from kvmanager.attention.transports.move import plan_move
 from kvmanager.errors import ChecksumMismatch, InvalidValue
 from kvmanager.tables import div_ceil
 from tests.attention.owner import as_bytes, content, owning
@@ -100,3 +102,16 @@ def test_sums_on_the_device_are_those_of_the_cpu(card: str) -> None:
     assert memory.checksums([1199, 3], 100, (5, 40)).tolist() == host.checksums([0, 1], 100, (5, 40)).tolist()
     memory.close()
     host.close()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(64, 64), (64, 16), (16, 64)])
+def test_sums_of_what_a_move_brought_are_the_host_s(theirs: int, ours: int) -> None:
+    """What a transport without a kernel of its own verifies with: several segments, so that their order in memory matters."""
+    layout = LatentLayout(64, 32, 3, ours)
+    rng = np.random.default_rng(5)
+    src, dst = rng.permutation(40)[: div_ceil(150, theirs)], rng.permutation(60)[: div_ceil(150, ours)]
+    move = plan_move(src, dst, theirs, ours, 3, tokens=150)
+    pages = content(layout, 60, 9).view(torch.float16)
+    want = sum_target(pages, layout, move)
+    assert len(set(want.tolist())) == len(src)
+    assert (sum_target(pages.cuda(), layout, move) == want).all()

@@ -1,7 +1,6 @@
-"""NIXL between device memories of two processes. Skipped where it is not installed; what it has to pass before device memory is offered."""
+"""NIXL between device memories of two processes. Skipped where it is not installed."""
 
 import importlib.util
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.transports import nixl
 from kvmanager.attention.transports.base import PullState
-from kvmanager.errors import TransportUnavailable
 from tests.attention.owner import as_bytes, content, owning
 
 pytestmark = pytest.mark.skipif(
@@ -20,21 +18,7 @@ pytestmark = pytest.mark.skipif(
 CARDS = [f"cuda:{index}" for index in range(min(2, torch.cuda.device_count()))]
 
 
-@pytest.fixture
-def allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(nixl, "DEVICE_MEMORY", True)
-    yield
-
-
-def test_device_memory_is_refused_by_name() -> None:
-    if nixl.DEVICE_MEMORY:
-        pytest.skip("it is offered")
-    with pytest.raises(TransportUnavailable, match="device memory"):
-        PageMemory(LatentLayout(64, 32, 3, 16), 2, "cuda", transports=("nixl",))
-
-
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.usefixtures("allowed")
 def test_pages_of_device_memory_arrive_byte_for_byte(card: str) -> None:
     """Large pages in several pieces, at random places, many times over: the bytes and the source's sums."""
     layout = LatentLayout(512, 64, 61, 64)
