@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory, PeerMemory
 from kvmanager.attention.transports import nixl as nixl_transport
 from kvmanager.attention.transports.base import PullState
+from kvmanager.worker.environment import worker_environment
 
 V3 = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 REPEATS = 15
@@ -374,7 +376,11 @@ def main() -> None:
     )
     parser.add_argument("--pages", type=int, default=0, help="pages of 64 slots (4.5 MB each); default 64, on cards 512 (32k tokens)")
     parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--plain-memcpy", action="store_true", help="leave glibc's threshold for streaming stores as it is")
     args = parser.parse_args()
+    wanted = dict(os.environ) if args.plain_memcpy else worker_environment(os.environ)
+    if wanted != dict(os.environ):  # as a worker's process is to be started, ceilings and all
+        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
     torch.set_num_threads(1)
     has_nixl, cards = any(importlib.util.find_spec(name) for name in nixl_transport.MODULES), torch.cuda.device_count()
     sections = args.sections or ["host"] + ["nixl"] * has_nixl + ["cuda"] * bool(cards) + ["nixl-cuda"] * (has_nixl and bool(cards))

@@ -19,6 +19,7 @@ from typing import Self
 import kvmanager
 from kvmanager import KVClient, PoolConfig
 from kvmanager.errors import KVError
+from kvmanager.worker.environment import worker_environment
 
 __all__ = ["Fleet"]
 
@@ -81,7 +82,7 @@ class Fleet:
 
     def _start(self, name: str, arguments: list[str]) -> None:
         # Workers share the host's cores; OpenMP threads that spin while they wait would take them from each other.
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        environment = worker_environment(os.environ) | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         package_root = str(Path(kvmanager.__file__).parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         with open(self.folder / f"{name}.log", "ab") as log:
