@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import triton
 from measure import COLD_BYTES, Times, multiplying, print_header, rested_ms
-from peers import flashmla
+from peers import flashinfer, flashmla
 
 from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import Problem, check_attention, make_problem
@@ -86,8 +86,9 @@ def bench(shape: str, bandwidth: float, matmul: Times) -> dict[str, object]:
 
     layers = [index % num_layers for index in range(max(8, num_layers))]
     calls = {"ours": [lambda layer=layer: attend(plan, layer, problem.q[layer]) for layer in layers]}
-    if (peer := flashmla(problem, query_len)) is not None:
-        calls["FlashMLA"] = [lambda layer=layer: peer(layer) for layer in layers]  # type: ignore[misc]
+    for name, find in (("FlashMLA", flashmla), ("FlashInfer", flashinfer)):
+        if (peer := find(problem, query_len)) is not None:
+            calls[name] = [lambda layer=layer, peer=peer: peer(layer) for layer in layers]  # type: ignore[misc]
     times = {name: rested_ms(rival) for name, rival in calls.items()}
     num_bytes = sum(lengths) * layout.slot_bytes + batch * query_len * heads * (layout.entry + layout.kv_lora_rank) * 2
     flops = sum(lengths) * query_len * heads * 2 * (layout.entry + layout.kv_lora_rank)

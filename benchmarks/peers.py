@@ -1,7 +1,10 @@
 """Other people's decode kernels, for a run beside ours, where somebody has put them on PYTHONPATH. Nothing of them is part of this project.
 
 FlashMLA: `vllm/_flashmla_C.abi3.so` and `vllm/third_party/flashmla/` of vLLM's wheel (0.33.0 was tried), beside empty `vllm/__init__.py` and
-`vllm/third_party/__init__.py`, in a folder named in PYTHONPATH."""
+`vllm/third_party/__init__.py`, in a folder named in PYTHONPATH.
+
+FlashInfer: its package with its `data` folder (0.3.1's source archive was tried: `include`, `csrc`, `3rdparty/cutlass` and `3rdparty/spdlog` moved into
+`flashinfer/data`), and what it imports, in a folder named in PYTHONPATH. It compiles its kernel with nvcc at its first use, a minute or two."""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import torch
 
 from kvmanager.attention.compare import Problem
 
-__all__ = ["flashmla"]
+__all__ = ["flashinfer", "flashmla"]
+
+FLASHINFER_WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
 
 
 def flashmla(problem: Problem, query_len: int) -> Callable[[int], object] | None:
@@ -35,5 +40,33 @@ def flashmla(problem: Problem, query_len: int) -> Callable[[int], object] | None
     def call(layer: int) -> object:
         q = problem.q[layer].view(tables.batch, query_len, -1, layout.entry)
         return flash_mla_with_kvcache(q, caches[layer], table, lengths, 512, plan, None, softmax_scale=problem.scale, causal=True)
+
+    return call
+
+
+def flashinfer(problem: Problem, query_len: int) -> Callable[[int], object] | None:
+    """A call of FlashInfer's paged MLA attention (its kernel for Hopper) on one layer; None where it is missing or does not take these dimensions."""
+    layout = problem.memory.layout
+    if (layout.kv_lora_rank, layout.qk_rope_head_dim, layout.dtype) != (512, 64, "bfloat16"):
+        return None
+    try:
+        from flashinfer.mla import BatchMLAPagedAttentionWrapper
+    except ImportError:
+        return None
+    tables, device = problem.tables, problem.q.device
+    used = -(-tables.lengths.astype("int64") // layout.page_size)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int32), torch.from_numpy(used).cumsum(0).int()])
+    pages = torch.cat([torch.from_numpy(tables.pages_of(row)[: int(count)].copy()) for row, count in enumerate(used)]).int()
+    lengths = torch.from_numpy(tables.lengths.copy()).int()
+    queries = torch.arange(tables.batch + 1, dtype=torch.int32) * query_len
+    heads, rank, rope, size = problem.q.shape[2], layout.kv_lora_rank, layout.qk_rope_head_dim, layout.page_size
+    wrapper = BatchMLAPagedAttentionWrapper(torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device), backend="fa3")
+    on_device = [each.to(device) for each in (queries, indptr, pages, lengths)]
+    wrapper.plan(*on_device, heads, rank, rope, size, query_len > 1, problem.scale, torch.bfloat16, torch.bfloat16)
+    caches = [problem.memory.layer(layer).contiguous().split([rank, rope], dim=-1) for layer in range(layout.num_layers)]
+
+    def call(layer: int) -> object:
+        q_nope, q_pe = problem.q[layer].split([rank, rope], dim=-1)
+        return wrapper.run(q_nope, q_pe, *caches[layer], return_lse=True)
 
     return call
