@@ -7,13 +7,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvmanager.attention.backend import MLABackend
+    from kvmanager.attention.context_parallel import RankPart, merge_across_ranks, part_of
     from kvmanager.attention.layout import LatentLayout
+    from kvmanager.attention.long_prefill import LongPrefill
     from kvmanager.attention.memory import PageMemory, PeerMemory
     from kvmanager.attention.plan import Plan
+    from kvmanager.attention.states import merge_states
 
-__all__ = ["LatentLayout", "MLABackend", "PageMemory", "PeerMemory", "Plan"]
+__all__ = [
+    "LatentLayout",
+    "LongPrefill",
+    "MLABackend",
+    "PageMemory",
+    "PeerMemory",
+    "Plan",
+    "RankPart",
+    "merge_across_ranks",
+    "merge_states",
+    "part_of",
+]
 
-_HOMES = {"LatentLayout": "layout", "MLABackend": "backend", "PageMemory": "memory", "PeerMemory": "memory", "Plan": "plan"}
+_HOMES = {
+    "LatentLayout": "layout",
+    "LongPrefill": "long_prefill",
+    "MLABackend": "backend",
+    "PageMemory": "memory",
+    "PeerMemory": "memory",
+    "Plan": "plan",
+    "RankPart": "context_parallel",
+    "merge_across_ranks": "context_parallel",
+    "merge_states": "states",
+    "part_of": "context_parallel",
+}
 
 
 def __getattr__(name: str) -> Any:

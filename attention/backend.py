@@ -93,13 +93,21 @@ class MLABackend:
         """Why that kernel and not another, in a sentence."""
         return "the pages are not on a CUDA device" if self._cuda is None else self._cuda.why
 
-    def plan(self, tables: BatchTables, query_lens: Sequence[int] | np.ndarray, *, graph_batch: int | None = None) -> Plan:
+    def plan(
+        self,
+        tables: BatchTables,
+        query_lens: Sequence[int] | np.ndarray,
+        *,
+        graph_batch: int | None = None,
+        stores: Sequence[bool] | np.ndarray | None = None,
+    ) -> Plan:
         """Plan one step. Rows of one query token come first, then those of several.
 
         graph_batch pads a decode-only step to that many rows and fixes every launch's shape, so that one captured CUDA graph serves every
         later plan of the same graph_batch. Call it outside the capture, on the stream that runs the step. A new plan ends the one before it.
+        stores: of each row, whether its tokens are written here; another rank writes those of the others (context_parallel.py).
         """
-        plan = make_plan(self.layout, self.memory.num_pages, self.limits, tables, query_lens, graph_batch, self._serial + 1)
+        plan = make_plan(self.layout, self.memory.num_pages, self.limits, tables, query_lens, graph_batch, self._serial + 1, stores)
         if self._cuda is not None:
             plan = replace(plan, device=self._cuda.send(plan))
         self._serial += 1

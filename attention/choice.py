@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.options import Options
 from kvmanager.errors import InvalidValue
 
-__all__ = ["Choice", "choose_kernel"]
+__all__ = ["Choice", "choose_kernel", "choose_library", "choose_prefill"]
 
 HOPPER_ARCH = 90  # wgmma exists there and nowhere else
 FP8_ARCH_MIN = 89  # e4m3 is converted from there on
@@ -20,7 +22,7 @@ TRITON_VERSIONS = ((3, 6), (3, 10))  # from, and before: Gluon is experimental, 
 
 
 class Choice(NamedTuple):
-    """kernel: "hopper", "hopper_fp8" or "triton"; why: the reason, for people."""
+    """kernel: what is chosen ("hopper", "triton", ...); why: the reason, for people."""
 
     kernel: str
     why: str
@@ -71,3 +73,46 @@ def _choose_fp8(layout: LatentLayout, triton_version: str, options: Options, num
     if not _is_known(triton_version):
         return Choice("triton", f"Triton {triton_version}: the Hopper kernel of {layout.dtype} is compiled under 3.6 to 3.9")
     return Choice("hopper_fp8", f"sm_{HOPPER_ARCH}, 512 + 64, {layout.dtype}, {num_heads} heads, Triton {triton_version}")
+
+
+LIBRARIES = ("cudnn", "flash", "plain")
+FLASH_ARCH_MIN, FLASH_DIM_MAX = 80, 256
+CUDNN_ARCH, CUDNN_DIMS = 90, (192, 128)
+# From how many query tokens expanding pays, in multiples of the count at which the operations are equal; by the absorbed kernel.
+EXPANDED_FROM = {"hopper": 1.5, "hopper_fp8": 1.5, "triton": 1.0, "torch": 1.0}
+EXPANDED_FROM_NO_PREFIX = 64
+
+
+def choose_library(value_dtype: str, qk_dim: int, v_dim: int, arch: int, asked: str | None = None) -> Choice:
+    """What expanded attention runs on. arch: 0 is the CPU. Raises InvalidValue if the library asked for does not take it."""
+    fits_flash = arch >= FLASH_ARCH_MIN and value_dtype in ("bfloat16", "float16") and max(qk_dim, v_dim) <= FLASH_DIM_MAX
+    fits_cudnn = fits_flash and arch == CUDNN_ARCH and qk_dim <= CUDNN_DIMS[0] and v_dim <= CUDNN_DIMS[1]
+    fits = {"cudnn": fits_cudnn, "flash": fits_flash, "plain": True}
+    what = f"{value_dtype}, heads of {qk_dim} and {v_dim}, {f'sm_{arch}' if arch else 'CPU'}"
+    if asked is not None:
+        if not fits.get(asked, False):
+            raise InvalidValue("library", "one of " + ", ".join(name for name in LIBRARIES if fits[name]) + f" for {what}", asked)
+        return Choice(asked, "asked for")
+    if fits_flash:
+        return Choice("flash", f"{what}: FlashAttention takes it")
+    return Choice("plain", f"{what}: FlashAttention takes bfloat16 and float16, heads to {FLASH_DIM_MAX}, from sm_{FLASH_ARCH_MIN}")
+
+
+def choose_prefill(kernel: str, dims: tuple[int, int, int, int], lengths: np.ndarray, query_lens: np.ndarray) -> Choice:
+    """ "expanded" or "absorbed" for rows of lengths and query_lens; dims: kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim.
+
+    One answer for all rows of a step: expanded if at least half of what its query tokens see is seen by rows long enough to gain."""
+    rank, rope, nope, v = dims
+    saved = 2 * rank + rope - (nope + rope + v)  # products a query token and latent
+    if saved <= 0:
+        return Choice("absorbed", f"{rank} + {rope}: absorbed heads are no wider than expanded ones")
+    equal = rank * (nope + v) / saved
+    enough = int(EXPANDED_FROM[kernel] * equal)
+    needed = np.where(lengths > query_lens, enough, min(enough, EXPANDED_FROM_NO_PREFIX))
+    seen = query_lens * (lengths - (query_lens - 1) / 2)
+    longest, share = int(query_lens.max(initial=0)), float(seen[query_lens >= needed].sum() / max(seen.sum(), 1))
+    rule = (
+        f"{enough} query tokens of a row are enough ({EXPANDED_FROM[kernel]:g} x {equal:.0f}), {EXPANDED_FROM_NO_PREFIX} without a prefix"
+    )
+    why = f"{kernel}: {rule}; {share:.0%} of this step's work is in such rows, the longest has {longest}"
+    return Choice("expanded" if share >= 0.5 else "absorbed", why)

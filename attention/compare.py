@@ -24,11 +24,24 @@ from kvmanager.tables import BatchTables
 if TYPE_CHECKING:
     from kvmanager.kernels.mla_decode import Tile
 
-__all__ = ["GARBAGE_PAGE", "Problem", "assert_close", "check_attention", "make_problem", "poisoned", "run_kernels"]
+__all__ = [
+    "GARBAGE_PAGE",
+    "Heads",
+    "Problem",
+    "assert_close",
+    "check_attention",
+    "check_expanded",
+    "make_heads",
+    "make_problem",
+    "poisoned",
+    "run_kernels",
+]
 
 GARBAGE_PAGE = 2147480000
 OUT_ABS, OUT_REL, OUT_COSINE = 8e-4, 2.01 / 128, 5e-6
 LSE_ABS, LSE_REL = 1e-6, 8.01 / 65536
+# Of expanded heads in 16 bits: out by norm, lse in nats. A key that is rounded moves its score by some 2**-9 of it, and a lone key's score is the lse.
+EXPANDED_OUT, EXPANDED_LSE = 6e-3, 3e-3
 _PLAIN = Options()
 LATENT_SCALE, QUERY_SCALE = 0.1, 3.0  # FlashMLA draws both at 0.1, which leaves the softmax flat; the absolute limits want small values
 
@@ -198,6 +211,60 @@ def check_attention(
     want = reference.prefill(problem.q[layer], pages, problem.tables, problem.query_lens, rank, scale, causal, stored_scale, *changes)
     assert_close(out, lse, *want)
     unread = problem.unread.to(pages.device)
+    untouched = (pages.view(torch.uint8)[unread] == 255).all() if layout.is_fp8 else torch.isnan(pages[unread].float()).all()
+    if not untouched:
+        raise AssertionError("pages: a slot that belongs to no sequence was written")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """What attention with expanded heads takes beside a problem's latents; keys come out as spread as its latents are."""
+
+    q_nope: Tensor  # [tokens, heads, nope]
+    q_pe: Tensor  # [tokens, heads, rope]
+    w_uk: Tensor  # [heads, nope, rank]
+    w_uv: Tensor  # [heads, rank, v]
+
+    def tail(self, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Arguments for the tokens from `first` on."""
+        return self.q_nope[first:], self.q_pe[first:], self.w_uk, self.w_uv
+
+
+def make_heads(problem: Problem, nope: int, v: int, seed: int = 0) -> Heads:
+    """Queries and weights in the dtype of the problem's q; w_uk and w_uv are views of one weight, as a model's are."""
+    layout, (_, tokens, heads, _), dtype, device = problem.memory.layout, problem.q.shape, problem.q.dtype, problem.q.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    rank = layout.kv_lora_rank
+    weight = (torch.randn((heads, nope + v, rank), generator=generator, device=device) * rank**-0.5).to(dtype)
+    q = (torch.randn((tokens, heads, nope + layout.qk_rope_head_dim), generator=generator, device=device) * QUERY_SCALE).to(dtype)
+    return Heads(q[..., :nope], q[..., nope:], weight[:, :nope], weight[:, nope:].transpose(1, 2))
+
+
+def check_expanded(problem: Problem, layer: int, heads: Heads, scale: float, out: Tensor, lse: Tensor, first_row: int = 0) -> None:
+    """Compare out [tokens, heads, v] and lse of the rows from first_row on with float64 over the memory as it now is."""
+    layout, counts = problem.memory.layout, problem.query_lens
+    start = sum(counts[:first_row])
+    if out.shape[0] != sum(counts) - start:
+        raise AssertionError(f"out: expected {sum(counts) - start} tokens, got {out.shape[0]}")
+    half = out.dtype != torch.float32
+    begin = start
+    for row in range(first_row, len(counts)):
+        part = slice(begin, begin + counts[row])
+        stored = reference.gather_latent(problem.memory.layer(layer), problem.tables, row)
+        latent = reference.read_latent(stored, layout.kv_lora_rank, layout.scale_of(layer))
+        want, want_lse = reference.attend_expanded(heads.q_nope[part], heads.q_pe[part], latent, heads.w_uk, heads.w_uv, scale)
+        here = slice(begin - start, begin - start + counts[row])
+        got, got_lse = out[here].double(), lse[here].double()
+        if not torch.isfinite(got).all() or not torch.equal(torch.isinf(got_lse), torch.isinf(want_lse)):
+            raise AssertionError(f"row {row}: NaN or infinities where there are none in the reference")
+        error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+        seen = ~torch.isinf(want_lse)
+        lse_error = float((got_lse - want_lse)[seen].abs().max()) if seen.any() else 0.0
+        if error > (EXPANDED_OUT if half else 1e-5) or lse_error > (EXPANDED_LSE if half else 1e-5):
+            raise AssertionError(f"row {row} of length {int(problem.tables.lengths[row])}: out off by {error:.1e}, lse by {lse_error:.1e}")
+        begin += counts[row]
+    unread = problem.unread.to(out.device)
+    pages = problem.memory.layer(layer)
     untouched = (pages.view(torch.uint8)[unread] == 255).all() if layout.is_fp8 else torch.isnan(pages[unread].float()).all()
     if not untouched:
         raise AssertionError("pages: a slot that belongs to no sequence was written")

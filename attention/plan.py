@@ -127,12 +127,18 @@ def make_plan(
     query_lens: Sequence[int] | np.ndarray,
     graph_batch: int | None,
     serial: int,
+    stores: Sequence[bool] | np.ndarray | None = None,
 ) -> Plan:
-    """Check a step and lay it out. Raises InvalidValue, naming field, limit and row, before anything is used."""
+    """Check a step and lay it out. Raises InvalidValue, naming field, limit and row, before anything is used.
+
+    stores: of each row, whether its tokens get slots; None: all do."""
     if tables.page_size != layout.page_size:
         raise InvalidValue("page_size", f"that of the memory, {layout.page_size}", tables.page_size)
     lengths, queries, indptr = _checked_rows(tables, query_lens)
     num_decode = _check_order(lengths, queries)
+    stored = np.ones(len(lengths), bool) if stores is None else np.asarray(stores)
+    if stored.dtype != np.bool_ or stored.shape != lengths.shape:
+        raise InvalidValue("stores", f"{len(lengths)} booleans, one a sequence", f"{stored.dtype} {list(stored.shape)}")
     if graph_batch is not None:
         if isinstance(graph_batch, bool) or not isinstance(graph_batch, int) or not 1 <= graph_batch <= limits.max_batch:
             raise InvalidValue("graph_batch", f"an integer from 1 to {limits.max_batch}", graph_batch)
@@ -141,6 +147,7 @@ def make_plan(
         padding = graph_batch - num_decode
         lengths = np.concatenate([lengths, np.zeros(padding, np.int64)])
         queries = np.concatenate([queries, np.ones(padding, np.int64)])
+        stored = np.concatenate([stored, np.zeros(padding, bool)])
         indptr = np.concatenate([indptr, np.full(padding, indptr[-1])])
         num_decode = graph_batch
     num_tokens, batch = int(queries.sum()), len(lengths)
@@ -164,7 +171,7 @@ def make_plan(
 
     owner, offset = ragged_arange(queries)
     position = (lengths - queries)[owner] + offset
-    padded = position < 0
+    padded = (position < 0) | ~stored[owner]
     position = np.where(padded, 0, position)
     entry = page_starts[owner] + position // layout.page_size
     pages = page_ids[np.minimum(entry, max(len(page_ids) - 1, 0))].astype(np.int64) if len(page_ids) else np.zeros(len(entry), np.int64)

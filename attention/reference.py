@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvmanager.tables import BatchTables
 
-__all__ = ["attend", "decode", "e4m3_values", "gather_latent", "prefill", "project", "read_latent", "select"]
+__all__ = ["attend", "attend_expanded", "decode", "e4m3_values", "gather_latent", "prefill", "project", "read_latent", "select"]
 
 
 def e4m3_values() -> Tensor:
@@ -88,6 +88,31 @@ def attend(
     if sink is not None:  # softmax over [scores, sink], the sink's value being 0
         out = out * torch.sigmoid(torch.where(torch.isinf(lse), 0.0, lse) - sink.double())[..., None]
     return out, lse
+
+
+def attend_expanded(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    latent: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    scale: float,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention with keys and values expanded: q_nope [n, heads, nope], q_pe [n, heads, rope], latents [length, rank + rope].
+
+    w_uk [heads, nope, rank] and w_uv [heads, rank, v]. dtype: what keys and values are rounded to, once. Gives out [n, heads, v] and lse
+    [n, heads], float64."""
+    rank, count, length = w_uk.shape[2], q_nope.shape[0], latent.shape[0]
+    wide = latent.double()
+    k_nope = torch.einsum("lr,hdr->lhd", wide[:, :rank], w_uk.double()).to(dtype).double()
+    v = torch.einsum("lr,hrd->lhd", wide[:, :rank], w_uv.double()).to(dtype).double()
+    scores = torch.einsum("thd,lhd->thl", q_nope.double(), k_nope) + torch.einsum("thd,ld->thl", q_pe.double(), wide[:, rank:])
+    sees = torch.arange(length, device=q_pe.device)[None] < length - count + 1 + torch.arange(count, device=q_pe.device)[:, None]
+    scores = (scores * scale).masked_fill(~sees[:, None], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1) if length else scores.new_full(scores.shape[:2], float("-inf"))
+    probability = torch.where(torch.isinf(lse)[..., None], 0.0, torch.exp(scores - lse[..., None]))
+    return torch.einsum("thl,lhd->thd", probability, v), lse
 
 
 def select(pages: Tensor, indices: Tensor) -> Tensor:

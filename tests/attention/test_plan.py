@@ -132,3 +132,15 @@ def test_wrong_table_is_named(change: dict[str, Any], field: str) -> None:
 def test_limits_are_bounded(field: str, value: Any) -> None:
     with pytest.raises(InvalidValue, match=f"^{field}: expected an integer from 1 to"):
         Limits(**{"max_tokens": 1, "max_batch": 1, "max_pages": 1, field: value})
+
+
+def test_rows_that_another_rank_stores_get_no_slots() -> None:
+    """Their tokens are attended from and not written; padding of a graph's batch neither."""
+    layout = LatentLayout(32, 16, 1, 16)
+    tables = BatchTables(1, 16, np.array([5, 20, 1], np.int32), np.array([3, 1, 2, 0], np.int32), np.array([0, 1, 3, 4], np.int64))
+    limits = Limits(max_tokens=8, max_batch=8, max_pages=8)
+    plan = make_plan(layout, 4, limits, tables, [1, 1, 1], 4, 1, [True, False, True])
+    assert plan.slots.tolist() == [3 * 16 + 4, -1, 0, -1] and plan.lengths.tolist() == [5, 20, 1, 0]
+    for bad in ([True, False], [1, 0, 1], True):
+        with pytest.raises(InvalidValue, match="stores"):
+            make_plan(layout, 4, limits, tables, [1, 1, 1], None, 1, bad)  # type: ignore[arg-type]
