@@ -80,6 +80,7 @@ EVENTS: tuple[type, ...] = (
     ev.HandoffFailed,
     ev.PoolDraining,
     ev.PoolDrained,
+    ev.LinkChosen,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

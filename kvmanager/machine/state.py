@@ -55,6 +55,7 @@ class Worker:
 
     client  that asked for it to join
     joined  version in which it did
+    links   worker that it has pulled from -> transport, reason; only of workers that are not known dead
     """
 
     worker_id: int
@@ -68,6 +69,7 @@ class Worker:
     acked: int
     deadline_ms: int
     fenced: bool = False
+    links: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
