@@ -22,7 +22,6 @@ from kvmanager.machine.commands import (
     Join,
     Open,
     Pin,
-    ReportLink,
     SetQuota,
     Step,
     Tokens,
@@ -370,13 +369,6 @@ class Surface:
         Raises Fenced if its lease ended, StaleEpoch if the manager does not continue what the worker has followed: drain, join again.
         """
         return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker), as_of, failed))["version"]
-
-    def report_link(self, worker: int, source: int, transport: str, reason: str = "", *, epoch: int = 0) -> None:
-        """A worker says by which transport it pulls from another one, and why: shown by `workers()`, `top` and in the log.
-
-        Raises Unknown for a worker that there is not, Fenced if its own lease ended, StaleEpoch, InvalidValue for a text too long.
-        """
-        self._run(ReportLink(worker, source, transport, reason, epoch or self.epoch_of(worker)))
 
     def worker_gone(self, worker: int, *, epoch: int = 0) -> list[int]:
         """The worker's process is known dead, or it drained; gives the sequences that are lost with it.

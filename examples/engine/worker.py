@@ -184,7 +184,6 @@ class Worker:
             peer = self.peers.get(pull.peer.worker)
             if peer is None:
                 peer = self.peers[pull.peer.worker] = self.memory.open_peer(msgpack.unpackb(pull.peer.memory))
-                self.client.report_link(self.worker_id, pull.peer.worker, peer.choice.transport, str(peer.choice)[:500])
             slots: dict[str, Any] = {}
             if pull.source_page_size != pull.target_page_size:
                 slots = {"tokens": pull.tokens, "source_skip": pull.source_skip}

@@ -38,7 +38,7 @@ from kvmanager.machine.state import State
 from kvmanager.machine.tenants import apply_flushed, apply_quota
 from kvmanager.machine.truncation import apply_truncated
 from kvmanager.machine.waiting import apply_dequeued, apply_enqueued
-from kvmanager.machine.workers import apply_acked, apply_dead, apply_fenced, apply_joined, apply_link, apply_written
+from kvmanager.machine.workers import apply_acked, apply_dead, apply_fenced, apply_joined, apply_written
 from kvmanager.pages.neighbours import Neighbours
 from kvmanager.pages.pool import Pool
 
@@ -79,7 +79,6 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.WorkerAcked: apply_acked,
     ev.SequencesWritten: apply_written,
     ev.WorkerFenced: apply_fenced,
-    ev.LinkChosen: apply_link,
     ev.WorkerDead: apply_dead,
     ev.SequenceOpened: apply_opened,
     ev.SequencesGrown: apply_grown,

@@ -80,7 +80,6 @@ EVENTS: tuple[type, ...] = (
     ev.HandoffFailed,
     ev.PoolDraining,
     ev.PoolDrained,
-    ev.LinkChosen,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

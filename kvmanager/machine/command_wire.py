@@ -11,22 +11,7 @@ import numpy as np
 from kvmanager.arrays import ones
 from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.machine.checks import check_list
-from kvmanager.machine.commands import (
-    Ack,
-    Command,
-    Drain,
-    Enqueue,
-    Flush,
-    HandOff,
-    Join,
-    Open,
-    Pin,
-    ReportLink,
-    SetQuota,
-    Step,
-    Tick,
-    WorkerGone,
-)
+from kvmanager.machine.commands import Ack, Command, Drain, Enqueue, Flush, HandOff, Join, Open, Pin, SetQuota, Step, Tick, WorkerGone
 
 __all__ = ["command_from_wire", "command_to_wire"]
 
@@ -35,7 +20,6 @@ _KINDS: dict[str, type] = {
     "join": Join,
     "ack": Ack,
     "gone": WorkerGone,
-    "link": ReportLink,
     "tick": Tick,
     "quota": SetQuota,
     "flush": Flush,

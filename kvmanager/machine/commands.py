@@ -29,7 +29,6 @@ __all__ = [
     "Join",
     "Open",
     "Pin",
-    "ReportLink",
     "SetQuota",
     "Step",
     "Tick",
@@ -509,30 +508,6 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportLink:
-    """A worker says by which transport it pulls from another one, and why by that: for people to see in `workers()`, `top` and the log.
-
-    transport  its name, as a pool's
-    reason     a line of at most 500 characters
-    epoch      as in Ack
-    """
-
-    worker: int
-    source: int
-    transport: str
-    reason: str = ""
-    epoch: int = 0
-
-    def __post_init__(self) -> None:
-        check_int("link.worker", self.worker, 1, INT64_MAX)
-        check_int("link.source", self.source, 1, INT64_MAX)
-        check_name("link.transport", self.transport)
-        if not isinstance(self.reason, str) or len(self.reason) > REASON_MAX:
-            raise InvalidValue("link.reason", f"text of at most {REASON_MAX} characters", repr(self.reason)[:80])
-        check_int("link.epoch", self.epoch, 0, INT64_MAX)
-
-
-@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passes: leases that ended are noticed."""
 
@@ -592,4 +567,4 @@ class Drain:
             raise InvalidValue("drain.stop", "true or false", repr(self.stop)[:80])
 
 
-Command: TypeAlias = Step | Join | Ack | WorkerGone | ReportLink | Tick | SetQuota | Flush | Drain
+Command: TypeAlias = Step | Join | Ack | WorkerGone | Tick | SetQuota | Flush | Drain

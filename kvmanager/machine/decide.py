@@ -20,7 +20,7 @@ from kvmanager.machine import events as ev
 from kvmanager.machine.admission import admit
 from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.closing import close, forget
-from kvmanager.machine.commands import Ack, Command, Drain, Flush, Join, ReportLink, SetQuota, Step, Tick, WorkerGone
+from kvmanager.machine.commands import Ack, Command, Drain, Flush, Join, SetQuota, Step, Tick, WorkerGone
 from kvmanager.machine.copies import decide_copies
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.forks import fork
@@ -32,7 +32,7 @@ from kvmanager.machine.tenants import flush, set_quota
 from kvmanager.machine.truncation import decide_truncated, truncate, truncate_all
 from kvmanager.machine.victims import choose_victims
 from kvmanager.machine.waiting import dequeue, enqueue
-from kvmanager.machine.workers import ack, gone, join, lose_pool, report_link
+from kvmanager.machine.workers import ack, gone, join, lose_pool
 
 __all__ = ["Decision", "carry_out", "decide"]
 
@@ -163,7 +163,6 @@ _DECIDERS: dict[type, Any] = {
     Join: join,
     Ack: ack,
     WorkerGone: gone,
-    ReportLink: report_link,
     Tick: _tick,
     Drain: drains.drain,
     SetQuota: set_quota,

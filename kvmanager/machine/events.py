@@ -344,15 +344,6 @@ class PoolDrained(NamedTuple):
     pool: int
 
 
-class LinkChosen(NamedTuple):
-    """The worker pulls from worker `source` by this transport from now on, for this reason. Nothing follows from it: it is there to be seen."""
-
-    worker: int
-    source: int
-    transport: str
-    reason: str
-
-
 # Snapshot events: they build a state from nothing.
 
 

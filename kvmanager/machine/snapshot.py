@@ -38,8 +38,6 @@ def snapshot(state: State, *, with_index: bool = True) -> EventBatch:
         how = worker.layout, worker.memory, worker.lease_ms, worker.client
         events.append(ev.WorkerJoined(worker.worker_id, worker.name, worker.pool, *how))
         events.append(ev.WorkerRestored(worker.worker_id, worker.acked, worker.deadline_ms, int(worker.fenced), worker.joined))
-    for worker in state.workers.values():
-        events += [ev.LinkChosen(worker.worker_id, source, *link) for source, link in sorted(worker.links.items())]
     if with_index:
         events.append(ev.ExtrasNamed(*state.extras.named()))  # first: what follows counts as its users
     for pool in state.pools:

@@ -55,7 +55,6 @@ class Worker:
 
     client  that asked for it to join
     joined  version in which it did
-    links   worker that it has pulled from -> transport, reason; only of workers that are not known dead
     """
 
     worker_id: int
@@ -69,7 +68,6 @@ class Worker:
     acked: int
     deadline_ms: int
     fenced: bool = False
-    links: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

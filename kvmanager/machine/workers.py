@@ -9,7 +9,7 @@ import numpy as np
 from kvmanager.errors import InvalidValue, LayoutMismatch, TooMany, Unknown, WrongState
 from kvmanager.machine import events as ev
 from kvmanager.machine import lives, pins
-from kvmanager.machine.commands import Ack, Join, ReportLink, WorkerGone
+from kvmanager.machine.commands import Ack, Join, WorkerGone
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.handoffs import abort, give_up, pull_failed, pulled
 from kvmanager.machine.owners import note_publishable
@@ -17,20 +17,7 @@ from kvmanager.machine.state import State, Worker
 from kvmanager.machine.truncation import believed
 from kvmanager.pages.handoff import HandoffState
 
-__all__ = [
-    "ack",
-    "apply_acked",
-    "apply_dead",
-    "apply_fenced",
-    "apply_joined",
-    "apply_link",
-    "apply_written",
-    "gone",
-    "join",
-    "list_workers",
-    "lose_pool",
-    "report_link",
-]
+__all__ = ["ack", "apply_acked", "apply_dead", "apply_fenced", "apply_joined", "apply_written", "gone", "join", "list_workers", "lose_pool"]
 
 
 def join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any]:
@@ -111,17 +98,6 @@ def gone(draft: Draft, command: WorkerGone, now_ms: int, client: int) -> dict[st
     return {"lost": lost}
 
 
-def report_link(draft: Draft, command: ReportLink, now_ms: int, client: int) -> dict[str, Any]:
-    state = draft.state
-    lives.check_epoch(state, command.epoch)
-    worker = state.worker(command.worker)
-    if command.source not in state.workers:
-        raise Unknown("worker", command.source)
-    if worker.links.get(command.source) != (command.transport, command.reason):
-        draft.events.append(ev.LinkChosen(command.worker, command.source, command.transport, command.reason))
-    return {}
-
-
 def lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
     """The memory of a pool is gone, or a worker that is not to be trusted holds it: nothing in it may be found again."""
     state = draft.state
@@ -143,8 +119,7 @@ def lose_pool(draft: Draft, pool: int, reason: str) -> list[int]:
 
 
 def list_workers(state: State, now_ms: int) -> list[dict[str, Any]]:
-    """All workers for people and programs: what they have acknowledged, how far behind that is, and what is left of their leases,
-    and by which transport they pull from whom."""
+    """All workers for people and programs: what they have acknowledged, how far behind that is, and what is left of their leases."""
     return [
         {
             "worker": worker.worker_id,
@@ -154,9 +129,6 @@ def list_workers(state: State, now_ms: int) -> list[dict[str, Any]]:
             "behind": state.version - worker.acked,
             "lease_left_ms": 0 if worker.fenced else max(worker.deadline_ms - now_ms, 0),
             "fenced": worker.fenced,
-            "links": [
-                {"source": source, "transport": transport, "reason": reason} for source, (transport, reason) in sorted(worker.links.items())
-            ],
         }
         for worker in state.workers.values()
     ]
@@ -204,14 +176,8 @@ def apply_fenced(state: State, event: ev.WorkerFenced) -> None:
     state.workers[event.worker].fenced = True
 
 
-def apply_link(state: State, event: ev.LinkChosen) -> None:
-    state.workers[event.worker].links[event.source] = event.transport, event.reason
-
-
 def apply_dead(state: State, event: ev.WorkerDead) -> None:
     index = state.workers.pop(event.worker).pool
-    for worker in state.workers.values():
-        worker.links.pop(event.worker, None)
     state.pool_workers[index].remove(event.worker)
     if not state.pool_workers[index]:
         state.pools[index].draining, state.pools[index].drained = 0, False

@@ -69,17 +69,6 @@ def workers_table(workers: list[dict[str, Any]]) -> Table:
     return table
 
 
-def links_table(workers: list[dict[str, Any]]) -> Table | None:
-    """Who pulls from whom by which transport, and why by that one; None if nobody has pulled yet."""
-    table = Table("worker", "pulls from", "by", "because", box=None, pad_edge=False)
-    names = {each["worker"]: each["name"] for each in workers}
-    for each in workers:
-        for link in each["links"]:
-            source = f"{link['source']} {names.get(link['source'], '')}"
-            table.add_row(f"{each['worker']} {each['name']}", Text(source), Text(link["transport"]), Text(link["reason"]))
-    return table if table.row_count else None
-
-
 def handoffs_table(handoffs: list[dict[str, Any]]) -> Table:
     table = Table("handoff", "sequence", Column("state", min_width=10), "from", "to", box=None, pad_edge=False)
     for heading in ("tokens", "pages", "of them shared", "failed tries", "age"):
@@ -104,8 +93,6 @@ def screen(frame: Frame, before: Frame | None) -> Group:
     if wrong := stats.get("journal", {}).get("wrong"):
         parts.append(Text(f"journal: {wrong}", style="red"))
     parts += [Text(), pools_table(stats), Text(), workers_table(frame["workers"])]
-    if (links := links_table(frame["workers"])) is not None:
-        parts += [Text(), links]
     if frame["handoffs"]:
         parts += [Text(), handoffs_table(frame["handoffs"])]
     return Group(*parts)

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.errors import BadMessage, Fenced, InvalidValue, Unknown
-from kvmanager.machine.batch import decode_batch
-from kvmanager.machine.snapshot import load_snapshot
+from kvmanager.errors import BadMessage, InvalidValue
 from kvmanager.manager import KVManager
 from tests.control.conftest import Rig, tokens
 
@@ -48,27 +46,3 @@ def test_workers_and_handoffs_are_listed(make_rig: MakeRig) -> None:
     assert listed[0]["tokens"] == 40 and listed[0]["pages"] == 3 and listed[0]["age"] >= 1
     with pytest.raises(InvalidValue, match=r"^handoffs\.limit: expected"):
         rig.kv.handoffs(0)
-
-
-def test_by_what_a_worker_pulls_is_listed_and_logged_until_its_source_is_dead(make_rig: MakeRig) -> None:
-    rig = make_rig(ManagerConfig(pools=(PoolConfig("A", 8, page_size=16), PoolConfig("B", 8, page_size=16))))
-    source, reader = (each["worker"] for each in rig.kv.workers())
-    rig.kv.report_link(reader, source, "shm", "both in this host's memory")
-    assert [each["links"] for each in rig.kv.workers()] == [
-        [],
-        [{"source": source, "transport": "shm", "reason": "both in this host's memory"}],
-    ]
-    rig.kv.report_link(reader, source, "nixl", "the peer is on another host")
-    assert [each["transport"] for each in rig.kv.workers()[1]["links"]] == ["nixl"]
-    restored = load_snapshot(rig.config, decode_batch(rig.kv.snapshot()))
-    assert restored.workers[reader].links == {source: ("nixl", "the peer is on another host")}
-    rig.kv.worker_gone(source)
-    assert [each["links"] for each in rig.kv.workers()] == [[]]
-    with pytest.raises(Unknown, match="worker"):
-        rig.kv.report_link(reader, source, "shm")
-    with pytest.raises(Fenced):
-        rig.kv.report_link(source, reader, "shm")
-    with pytest.raises(InvalidValue, match=r"^link\.reason: expected text of at most 500 characters"):
-        rig.kv.report_link(reader, reader, "shm", "x" * 501)
-    with pytest.raises(InvalidValue, match=r"^link\.transport: expected"):
-        rig.kv.report_link(reader, reader, "")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvmanager.errors import BadMessage, InvalidValue, KVError, OutOfPages, StaleStep, Unknown
 from kvmanager.machine.command_wire import command_from_wire, command_to_wire
-from kvmanager.machine.commands import Ack, Command, Join, Open, ReportLink, Step, Tick, WorkerGone
+from kvmanager.machine.commands import Ack, Command, Join, Open, Step, Tick, WorkerGone
 from kvmanager.service import wire
 
 INT64_MAX = 2**63 - 1
@@ -64,7 +64,6 @@ commands: st.SearchStrategy[Command] = st.one_of(
     acks(),
     st.builds(Join, names, names, names, st.binary(max_size=300), st.integers(0, 86_400_000)),
     st.builds(WorkerGone, ids),
-    st.builds(ReportLink, ids, ids, names, st.text(max_size=500), st.integers(0, 2**40)),
     st.just(Tick()),
 )
 scalars = (
@@ -87,7 +86,7 @@ def as_plain(value: Any) -> Any:
         return str(value.dtype), value.tolist()
     if isinstance(value, (list, tuple)):
         return [as_plain(item) for item in value]
-    if isinstance(value, (Open, Step, Join, Ack, WorkerGone, ReportLink, Tick)):
+    if isinstance(value, (Open, Step, Join, Ack, WorkerGone, Tick)):
         return type(value).__name__, {name: as_plain(getattr(value, name)) for name in value.__dataclass_fields__}
     return value
 
@@ -99,7 +98,7 @@ def read(wired: object) -> Command | KVError:
     except (BadMessage, InvalidValue) as error:
         assert len(wire.encode_error(1, error)) < 2500  # and it can be told to the sender
         return error
-    assert isinstance(command, (Step, Join, Ack, WorkerGone, ReportLink, Tick))
+    assert isinstance(command, (Step, Join, Ack, WorkerGone, Tick))
     return command
 
 
@@ -133,7 +132,7 @@ def test_any_object_gives_a_command_or_a_typed_error(value: Any) -> None:
         pass
     else:
         read(message)
-    for kind in ("step", "join", "ack", "gone", "link", "tick"):
+    for kind in ("step", "join", "ack", "gone", "tick"):
         read(
             {**value, "t": kind}
             if isinstance(value, dict)
