@@ -24,6 +24,7 @@ from kvmanager.attention.layout import ROPE_ORDERS
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.options import Options
 from kvmanager.attention.plan import NUM_HEADS_MAX, Limits, Plan, make_plan
+from kvmanager.attention.shared_prefix import shares_prefixes
 from kvmanager.errors import InvalidValue, WrongState
 from kvmanager.tables import BatchTables
 
@@ -47,6 +48,9 @@ class MLABackend:
     logit_soft_cap    scores s become logit_soft_cap * tanh(s / logit_soft_cap)
     sliding_window    a query token sees the last so many positions only, its own included
     sinks             float32 [num_layers, heads]: out is scaled by exp(lse) / (exp(lse) + exp(sink)); lse stays without it
+    share_prefixes    on CUDA, leading pages that neighbouring decode rows have in common are read once for all of them where that is faster
+                      (shared_prefix.py; order_by_prefix makes such rows neighbours). None: yes, but not with batch_invariant or
+                      sliding_window, which rule it out. It changes a row's last bits, as the rest of the batch does anyway
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class MLABackend:
         logit_soft_cap: float | None = None,
         sliding_window: int | None = None,
         sinks: Tensor | None = None,
+        share_prefixes: bool | None = None,
     ) -> None:
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or not 1 <= num_heads <= NUM_HEADS_MAX:
             raise InvalidValue("num_heads", f"an integer from 1 to {NUM_HEADS_MAX}", num_heads)
@@ -76,12 +81,13 @@ class MLABackend:
         self.limits = Limits(max_tokens, max_batch, max_pages)
         self.options = Options(batch_invariant, invariant_tokens, logit_soft_cap, sliding_window, sinks is not None)
         self._sinks = None if sinks is None else _checked_sinks(sinks, memory, num_heads)
+        share = shares_prefixes(share_prefixes, self.options)
         self._serial = 0
         self._cuda: CudaPath | None = None
         if memory.device.type == "cuda":
             from kvmanager.attention.cuda_path import CudaPath
 
-            self._cuda = CudaPath(memory, num_heads, self.softmax_scale, self.limits, self.options, self._sinks)
+            self._cuda = CudaPath(memory, num_heads, self.softmax_scale, self.limits, self.options, self._sinks, share)
 
     @property
     def kernel(self) -> str:

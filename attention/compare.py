@@ -7,7 +7,7 @@ Latents stored in eight bits are compared as the numbers that their bytes mean: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,8 @@ from kvmanager.attention import reference, torch_path
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.options import Options, piece_tokens
+from kvmanager.attention.shared_prefix import PrefixGroup
+from kvmanager.attention.shared_work import shared_decode_work
 from kvmanager.attention.work import Shape, decode_work, prefill_work
 from kvmanager.tables import BatchTables
 
@@ -35,6 +37,7 @@ __all__ = [
     "make_problem",
     "poisoned",
     "run_kernels",
+    "share_pages",
 ]
 
 GARBAGE_PAGE = 2147480000
@@ -117,6 +120,30 @@ def make_problem(
     return Problem(memory, tables, list(query_lens), latent.to(dtype), q.to(dtype), layout.entry**-0.5, unread)
 
 
+def share_pages(problem: Problem, groups: Sequence[tuple[int, int, int]]) -> Problem:
+    """The problem with other tables: of each (first row, rows, pages), the rows begin with the first one's pages. What theirs were is NaN now.
+
+    The problem's memory is changed; `written` problems only."""
+    tables, page_ids, unread = problem.tables, problem.tables.page_ids.copy(), problem.unread.clone()
+    kept = set()
+    for first, rows, pages in groups:
+        start = int(tables.page_indptr[first])
+        for row in range(first + 1, first + rows):
+            other = int(tables.page_indptr[row])
+            page_ids[other : other + pages] = page_ids[start : start + pages]
+    for row in range(tables.batch):
+        used = -(-int(tables.lengths[row]) // tables.page_size)
+        kept.update(page_ids[tables.page_indptr[row] :][:used].tolist())
+    dropped = torch.tensor(sorted(set(range(problem.memory.num_pages)) - kept), dtype=torch.int64)
+    raw, where = problem.memory.pages, dropped.to(problem.memory.device)
+    if problem.memory.layout.is_fp8:
+        raw.view(torch.uint8)[where] = 255
+    else:
+        raw[where] = float("nan")
+    unread[dropped] = True
+    return replace(problem, tables=replace(tables, page_ids=page_ids), unread=unread)
+
+
 def _close(name: str, got: Tensor, want: Tensor, abs_limit: float, rel_limit: float) -> None:
     if got.shape != want.shape:
         raise AssertionError(f"{name}: expected shape {tuple(want.shape)}, got {tuple(got.shape)}")
@@ -154,10 +181,11 @@ def run_kernels(
     causal: bool = True,
     options: Options = _PLAIN,
     sink: Tensor | None = None,
+    groups: Sequence[PrefixGroup] = (),
 ) -> tuple[Tensor, Tensor]:
     """The attention and merge kernels alone, over the problem's own page tables, garbage entries included; all outputs poisoned first.
 
-    tile: of the plain kernel; None runs the Hopper kernel."""
+    tile: of the plain kernel; None runs the Hopper kernel. groups: decode rows whose common prefix is read once."""
     from kvmanager.kernels import latent_formats, mla_decode, mla_merge
 
     q, pages, tables, layout = problem.q[layer], problem.memory.layer(layer), problem.tables, problem.memory.layout
@@ -170,7 +198,9 @@ def run_kernels(
         window = options.sliding_window or 0
         shape = Shape(q.shape[1], tile.block_rows, tile.block_tokens, num_programs, piece_tiles=pieces // tile.block_tokens, window=window)
     lengths, counts, starts = tables.lengths.astype(np.int64), np.array(problem.query_lens, np.int64), tables.page_indptr[:-1]
-    if (counts == 1).all():
+    if groups:
+        work, _ = shared_decode_work(shape, starts, lengths, groups, len(lengths))
+    elif (counts == 1).all():
         work = decode_work(shape, starts, lengths)
     else:
         work = prefill_work(shape, starts, lengths, counts, np.cumsum(counts) - counts, causal)

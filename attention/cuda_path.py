@@ -38,7 +38,14 @@ class CudaPath:
     """Launches one backend's kernels. The partial buffers are shared by all layers and both kinds of rows: stream order keeps them apart."""
 
     def __init__(
-        self, memory: PageMemory, num_heads: int, scale: float, limits: Limits, options: Options, sinks: Tensor | None = None
+        self,
+        memory: PageMemory,
+        num_heads: int,
+        scale: float,
+        limits: Limits,
+        options: Options,
+        sinks: Tensor | None = None,
+        share_prefixes: bool = False,
     ) -> None:
         layout, device = memory.layout, memory.device
         self._memory, self._rank, self._scale, self._options, self._sinks = memory, layout.kv_lora_rank, scale, options, sinks
@@ -78,7 +85,7 @@ class CudaPath:
                 for tile in self._tiles
             ]
         self._shapes = shapes
-        self._staging = Staging(limits, shapes[0], shapes[1], layout.page_size, device)
+        self._staging = Staging(limits, shapes[0], shapes[1], layout.page_size, device, share_prefixes)
         rows = self._staging.partials_max * max(shape.block_rows for shape in shapes)
         rows = max(rows, self._programs * self._sparse_tile.programs_per_sm * self._sparse_tile.block_rows)
         self._partial_out = torch.empty(rows * layout.kv_lora_rank, dtype=torch.float32, device=device)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kvmanager.attention.plan import Limits, Plan
+from kvmanager.attention.shared_prefix import PrefixGroup, find_groups
+from kvmanager.attention.shared_work import shared_decode_work, shared_items_max, shared_partials_max
 from kvmanager.attention.work import ITEM_FIELDS, MERGE_FIELDS, Shape, decode_work, prefill_waves, prefill_work
 from kvmanager.tables import div_ceil
 
@@ -35,12 +37,13 @@ class DeviceWork:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DevicePlan:
-    """Views of the backend's device buffer: good until the next plan."""
+    """Views of the backend's device buffer: good until the next plan. groups: decode rows whose common prefix is read once."""
 
     slots: Tensor
     page_ids: Tensor
     decode: DeviceWork
     prefill: tuple[DeviceWork, ...]  # launches, one after the other
+    groups: tuple[PrefixGroup, ...] = ()
 
 
 def _aligned(num_bytes: int) -> int:
@@ -50,8 +53,11 @@ def _aligned(num_bytes: int) -> int:
 class Staging:
     """The ring of pinned buffers and the device buffer. A ring slot is refilled only after the event recorded behind its copy."""
 
-    def __init__(self, limits: Limits, decode_shape: Shape, prefill_shape: Shape, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self, limits: Limits, decode_shape: Shape, prefill_shape: Shape, page_size: int, device: torch.device, share: bool = False
+    ) -> None:
         self._limits, self._decode_shape, self._prefill_shape = limits, decode_shape, prefill_shape
+        self._page_size, self._share = page_size, share
         group, lanes = decode_shape.blocks_per_token, decode_shape.lanes
         is_fixed = bool(decode_shape.piece_tiles)
         decode_pieces = limits.max_batch + lanes
@@ -62,10 +68,15 @@ class Staging:
             self.partials_max = group * decode_pieces + prefill_shape.num_programs  # the latter: so that waves of prefill are few
         else:
             self.partials_max = max(decode_shape.partials_max, prefill_shape.partials_max)
+        decode_items = group * decode_pieces
+        if share:
+            self._merges_max = group * limits.max_batch
+            self.partials_max = max(self.partials_max, shared_partials_max(decode_shape, limits.max_batch))
+            decode_items = shared_items_max(decode_shape, limits.max_batch)
         sizes = (
             4 * (lanes * group + 1),
             4 * MERGE_FIELDS * self._merges_max,
-            4 * ITEM_FIELDS * group * decode_pieces,
+            4 * ITEM_FIELDS * decode_items,
             8 * limits.max_batch,
         )
         self._offsets = np.cumsum([0, *(_aligned(size) for size in sizes)]).tolist()
@@ -92,7 +103,12 @@ class Staging:
     def send(self, plan: Plan) -> DevicePlan:
         """Pack a plan and start its copy on the current stream; whatever that stream runs next sees it."""
         rows = plan.num_decode  # one token each
-        work = decode_work(self._decode_shape, plan.page_starts[:rows], plan.lengths[:rows])
+        shape, starts, lengths = self._decode_shape, plan.page_starts[:rows], plan.lengths[:rows]
+        groups = find_groups(shape, self._page_size, plan.page_ids, starts, lengths) if self._share else ()
+        if groups:
+            work, groups = shared_decode_work(shape, starts, lengths, groups, self._limits.max_batch)
+        else:
+            work = decode_work(shape, starts, lengths)
         index, self._next = self._next, (self._next + 1) % RING_SLOTS
         event, host = self._events[index], self._hosts[index]
         event.synchronize()  # waits for a copy RING_SLOTS plans ago, not for the device
@@ -129,7 +145,7 @@ class Staging:
                 launches.append(DeviceWork(*views))
         self.buffer[:cursor].copy_(self._pinned[index][:cursor], non_blocking=True)
         event.record(torch.cuda.current_stream(self.buffer.device))
-        return DevicePlan(slots, self._page_ids, decode, tuple(launches))
+        return DevicePlan(slots, self._page_ids, decode, tuple(launches), groups)
 
     def _put(self, host: np.ndarray, offset: int, array: np.ndarray) -> tuple[Tensor, int]:
         """Write an array at a byte offset of the host buffer; gives its device view and the offset behind it."""

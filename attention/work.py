@@ -18,10 +18,23 @@ from kvmanager.attention.plan import ragged_arange
 from kvmanager.errors import InvalidValue
 from kvmanager.tables import div_ceil
 
-__all__ = ["ITEM_FIELDS", "MERGE_FIELDS", "Shape", "WorkList", "decode_work", "prefill_waves", "prefill_work"]
+__all__ = [
+    "ITEM_FIELDS",
+    "MERGE_FIELDS",
+    "Shape",
+    "WorkList",
+    "cut_at",
+    "decode_units",
+    "decode_work",
+    "list_pieces",
+    "prefill_waves",
+    "prefill_work",
+]
 
 ITEM_FIELDS = 8  # page_start, first_token, query_len, length, row, begin, end, partial slot or -1
-MERGE_FIELDS = 8  # first_token, query_len, row, first partial, partial count, 3 unused
+MERGE_FIELDS = (
+    8  # first_token, query_len, row, first partial, partial count; of a shared prefix: first partial, count, rows of its group before
+)
 OVERHEAD_TILES = 1  # what starting and ending an item costs, in tiles of latents
 SPLIT_TILES_MIN = 2  # no split is shorter: merging it would cost more than it saves
 
@@ -87,7 +100,13 @@ def _cut(shape: Shape, tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.nd
     if shape.whole_tiles and (whole := _whole(ends, lanes, div_ceil(length, lanes) + shape.whole_tiles)) is not None:
         return np.arange(len(tiles)), np.zeros(len(tiles), np.int64), tiles, whole
     used = max(1, min(lanes, length // shape.split_tiles_min))
-    cut = np.arange(1, used, dtype=np.int64) * length // used  # shares differ by one tile at most
+    return cut_at(shape, tiles, np.arange(1, used, dtype=np.int64) * length // used)  # shares differ by one tile at most
+
+
+def cut_at(shape: Shape, tiles: np.ndarray, cut: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """As _cut, near the places `cut` of the line where units of tiles + OVERHEAD_TILES lie end to end: lane n begins at cut[n - 1]."""
+    cost = tiles + OVERHEAD_TILES
+    ends = np.cumsum(cost)
     unit = np.searchsorted(ends, cut, side="right")
     tile = cut - (ends - cost)[unit] - OVERHEAD_TILES
     tile[tile < shape.split_tiles_min] = 0
@@ -150,9 +169,30 @@ def _work(shape: Shape, group: int, lanes: int, num_programs: int, units: np.nda
     else:
         unit, begin, end, lane = _cut(shape, tiles - skip, lanes)
         begin, end = begin + skip[unit], end + skip[unit]
+    return list_pieces(shape, group, num_programs, units, (unit, begin, end, lane))
+
+
+def list_pieces(
+    shape: Shape,
+    group: int,
+    num_programs: int,
+    units: np.ndarray,
+    cut: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    prefix_units: np.ndarray | None = None,
+    group_rows: np.ndarray | None = None,
+) -> WorkList:
+    """The lists of units that are cut into pieces: unit, first tile, end tile and lane of each, in order of units.
+
+    prefix_units [n]  the first unit of what a unit shares, -1 if nothing. Units of a prefix stand side by side, before those that share it, and
+                      have as many pieces each. Either kind is partial, and a prefix is merged with those that share it, not by itself
+    group_rows [n]    rows of the prefix's group that come before a unit's own; None: no unit has a prefix"""
+    unit, begin, end, lane = cut
     pieces = np.bincount(unit, minlength=len(units))
     first_piece = np.cumsum(pieces) - pieces
-    split = pieces > 1
+    split = own = pieces > 1
+    if prefix_units is not None:
+        split = split | (prefix_units >= 0)
+        own = split & (units[:, 2] == 1)  # a prefix has two query tokens at least
     needed = np.where(split, pieces * group, 0)
     first_partial = np.cumsum(needed) - needed
 
@@ -165,22 +205,34 @@ def _work(shape: Shape, group: int, lanes: int, num_programs: int, units: np.nda
     items[:, :, 6] = np.minimum(end * shape.block_tokens, units[unit, 5])[:, None]
     items[:, :, 7] = np.where(split[unit, None], (first_partial[unit] + nth)[:, None] + member * pieces[unit, None], -1)
     flat = items.reshape(-1, ITEM_FIELDS)
-    if group > 1 or shape.piece_tiles:  # in order of program: lane, then place in the group
-        flat = flat[np.argsort((lane[:, None] * group + member).ravel(), kind="stable")]
     programs = np.zeros(num_programs + 1, np.int32)
-    np.cumsum(np.repeat(np.bincount(lane, minlength=num_programs // group), group), out=programs[1:])
+    if prefix_units is not None:  # the last blocks of a prefix may have no rows: then its program has an item less
+        kept = np.flatnonzero(flat[:, 4] < flat[:, 2] * shape.num_heads)
+        program = (lane[:, None] * group + member).ravel()[kept]
+        flat = flat[kept[np.argsort(program, kind="stable")]]
+        np.cumsum(np.bincount(program, minlength=num_programs), out=programs[1:])
+    else:
+        if group > 1 or shape.piece_tiles:  # in order of program: lane, then place in the group
+            flat = flat[np.argsort((lane[:, None] * group + member).ravel(), kind="stable")]
+        np.cumsum(np.repeat(np.bincount(lane, minlength=num_programs // group), group), out=programs[1:])
 
-    merged = np.flatnonzero(split)
+    merged = np.flatnonzero(own)
     merges = np.zeros((len(merged), group, MERGE_FIELDS), np.int32)
     merges[:, :, 0:2] = units[merged, None, 1:3]
     merges[:, :, 2] = units[merged, 4, None] + member * shape.block_rows
     merges[:, :, 3] = first_partial[merged, None] + member * pieces[merged, None]
     merges[:, :, 4] = pieces[merged, None]
+    if prefix_units is not None and group_rows is not None:
+        prefix = prefix_units[merged]
+        has = prefix >= 0
+        merges[has, :, 5] = first_partial[prefix[has], None]
+        merges[has, :, 6] = pieces[prefix[has], None]
+        merges[has, :, 7] = group_rows[merged[has], None]
     return WorkList(programs, flat, merges.reshape(-1, MERGE_FIELDS), int(needed.sum()))
 
 
-def decode_work(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray) -> WorkList:
-    """One query token a sequence: token b of the launch belongs to sequence b. All its heads read the same latents."""
+def decode_units(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A unit for each sequence of one query token, as _work takes them."""
     batch = len(lengths)
     units = np.zeros((batch, 7), np.int64)
     units[:, 0] = page_starts
@@ -188,6 +240,12 @@ def decode_work(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray) -> W
     units[:, 2] = 1
     units[:, 3] = units[:, 5] = lengths
     units[:, 6] = _skipped(shape, units[:, 5])
+    return units
+
+
+def decode_work(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray) -> WorkList:
+    """One query token a sequence: token b of the launch belongs to sequence b. All its heads read the same latents."""
+    units = decode_units(shape, page_starts, lengths)
     group = shape.blocks_per_token
     return _work(shape, group, shape.lanes, shape.lanes * group, units)
 

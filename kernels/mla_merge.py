@@ -12,7 +12,9 @@ from triton.language.extra.cuda import gdc_wait
 
 __all__ = ["MERGE_FIELDS", "merge"]
 
-MERGE_FIELDS = 8  # int32: first_token, query_len, row, first partial, partial count (0: nothing to do), 3 unused
+# int32: first_token, query_len, row, first partial, partial count (0: nothing to do); then of a prefix that several sequences share: first
+# partial, count (0: none), and how many rows of its group come before this sequence's.
+MERGE_FIELDS = 8
 
 
 _PROGRAMS_MAX = 4096  # a captured graph launches as many as its longest list may need, and most lists are shorter
@@ -56,14 +58,17 @@ def merge(
 
     partial_out  [num_partials, block_rows, rank]  float32; partial_lse [num_partials, block_rows], natural log, -inf for an empty row
     merges       [num_merges, 8]                   int32, MERGE_FIELDS; `row` counts (query token, head) within the sequence; rows of
-                                                   count 0 stand last
+                                                   count 0 stand last. Partials of a shared prefix come before the row's own: with p of
+                                                   them, row r of its group has slots first + r // block_rows * p and after, and there
+                                                   row r % block_rows
     out          [num_tokens, heads, rank]         contiguous; lse [num_tokens, heads] float32: rows of the blocks listed are written
     rows_max     rows that any listed block has, if fewer than block_rows
     overlap      sm_90 and newer: start while the kernel before still runs, and wait for its end inside (programmatic dependent launch)
 
     sink         float32 [heads]: out is scaled by exp(lse) / (exp(lse) + exp(sink)); lse stays without it
     ordered      partials are added one by one, first to last: what a row gets depends on its partials alone. Else how many lists there are
-                 may change the last bits; a captured graph and an eager plan of the same graph_batch agree: both count the padding
+                 may change the last bits; a captured graph and an eager plan of the same graph_batch agree: both count the padding.
+                 Lists with a shared prefix are not taken: what rows share depends on the batch
 
     A row whose partials are all empty gives 0 and -inf. If ordered, empty partials change no bits wherever they stand, and one that is alone
     is given back as it is. One launch, no allocation, no host sync: safe under graph capture."""
@@ -131,6 +136,11 @@ def _merge_kernel(
         row = tl.load(merge_ptr + 2) + block_row
         if (count > 0) & (row < tl.load(merge_ptr + 1) * num_heads):
             first_row = tl.load(merge_ptr + 3).to(tl.int64) * BLOCK_ROWS + block_row
+            prefix = tl.load(merge_ptr + 6)
+            group_row = tl.load(merge_ptr + 7) + row
+            prefix_row = (tl.load(merge_ptr + 5) + group_row // BLOCK_ROWS * prefix).to(tl.int64) * BLOCK_ROWS + group_row % BLOCK_ROWS
+            first_row -= prefix * BLOCK_ROWS  # of its own partials, counted behind those of the prefix
+            count += prefix
             column = piece * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
             is_value = column < RANK
             top = float("-inf")
@@ -138,7 +148,7 @@ def _merge_kernel(
             acc = tl.zeros([BLOCK_COLUMNS], tl.float32)
             for start in range(0, count, BLOCK_PARTIALS):
                 is_part = start + part < count
-                part_row = first_row + (start + part) * BLOCK_ROWS
+                part_row = tl.where(start + part < prefix, prefix_row, first_row) + (start + part) * BLOCK_ROWS
                 norm = tl.load(partial_lse_ptr + part_row, mask=is_part, other=float("-inf"))  # natural: one alone comes back as it was
                 is_part_value = is_part[:, None] & is_value[None, :]
                 value = tl.load(partial_out_ptr + part_row[:, None] * RANK + column[None, :], mask=is_part_value, other=0.0)
