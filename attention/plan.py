@@ -22,6 +22,7 @@ MAX_TOKENS_MAX = 2**20
 MAX_BATCH_MAX = 2**16
 MAX_PAGES_MAX = 2**28
 SEQUENCE_TOKENS_MAX = 2**30
+LONG_ROW = 64  # pages of a row, on average, from which on a copy row by row is faster than one gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Plan:
     lengths       int64 [batch]       tokens of each sequence, this step's included; 0 is padding
     query_lens    int64 [batch]       tokens of this step
     query_starts  int64 [batch]       first token of each sequence in this step's order
-    page_ids      int32 [used pages]  page ids that lengths cover, reserved ones left out
+    page_ids      int32 [used pages]  page ids that lengths cover, reserved ones left out; the tables' own array if there are none
     page_starts   int64 [batch + 1]   sequence b has page_ids[page_starts[b]:page_starts[b + 1]]
     graph_batch   decode rows a captured graph was made for, padding included; None for an eager plan
     """
@@ -119,6 +120,25 @@ def _check_order(lengths: np.ndarray, queries: np.ndarray) -> int:
     return num_decode
 
 
+def _used_pages(page_ids: np.ndarray, indptr: np.ndarray, used: np.ndarray, num_pages: int) -> np.ndarray:
+    """int32 page ids that lengths cover, those behind left out; each is checked. What is given itself where nothing has to be left out."""
+    starts = indptr[:-1]
+    if int(used.sum()) != len(page_ids):
+        if len(page_ids) > LONG_ROW * len(used):
+            rows = [page_ids[start:end] for start, end in zip(starts.tolist(), (starts + used).tolist(), strict=True)]
+            page_ids = np.concatenate(rows)
+        else:
+            owner, offset = ragged_arange(used)
+            page_ids = page_ids[starts[owner] + offset]
+    is_wide = page_ids.dtype.itemsize != 4
+    # As an unsigned number, one below 0 is larger than any page: one pass over them.
+    if len(page_ids) and (page_ids.min() < 0 or page_ids.max() >= num_pages if is_wide else page_ids.view(np.uint32).max() >= num_pages):
+        bad = (page_ids < 0) | (page_ids >= num_pages)
+        row = int(np.searchsorted(np.cumsum(used), np.argmax(bad), side="right"))
+        raise _row_error("page_ids", f"0 to {num_pages - 1} in row {row}", page_ids, bad)
+    return page_ids.astype(np.int32, copy=False)
+
+
 def make_plan(
     layout: LatentLayout,
     num_pages: int,
@@ -162,11 +182,7 @@ def make_plan(
     if (bad := used > np.diff(indptr)).any():
         raise _row_error("lengths", "tokens that the row's pages hold", lengths, bad)
 
-    owner, offset = ragged_arange(used)
-    page_ids = np.asarray(tables.page_ids)[indptr[owner] + offset]  # entries past the length stay behind
-    if (bad := (page_ids < 0) | (page_ids >= num_pages)).any():
-        raise _row_error("page_ids", f"0 to {num_pages - 1} in row {int(owner[np.argmax(bad)])}", page_ids, bad)
-    page_ids = page_ids.astype(np.int32)
+    page_ids = _used_pages(np.asarray(tables.page_ids), indptr, used, num_pages)
     page_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(used)])
 
     owner, offset = ragged_arange(queries)

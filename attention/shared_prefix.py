@@ -64,13 +64,14 @@ def gain(shape: Shape, rows: int, tiles: int) -> float:
 
 
 def _shared_tiles(shape: Shape, page_size: int, page_ids: np.ndarray, page_starts: np.ndarray, lengths: np.ndarray) -> list[int]:
-    """Tiles that each row and the next have in common at their beginning: whole ones, and less than all of either row."""
-    tiles = [0] * (len(lengths) - 1)
-    probe = (shape.block_tokens - 1) // page_size  # the last page of a first tile
+    """Tiles that each row and the next have in common at their beginning: whole ones, and less than all of either row. Empty: none has any."""
+    probe = (shape.block_tokens - 1) // page_size  # the last page of a first tile: most rows part there, if they do not share
     long = lengths > shape.block_tokens
-    first = page_ids[np.where(long, page_starts[: len(lengths)], 0)]
-    last = page_ids[np.where(long, page_starts[: len(lengths)] + probe, 0)]
-    same = long[:-1] & long[1:] & (first[:-1] == first[1:]) & (last[:-1] == last[1:])
+    last = page_ids[(page_starts[: len(lengths)] + probe) * long]
+    same = (last[:-1] == last[1:]) & long[:-1] & long[1:]
+    if not same.any():
+        return []
+    tiles = [0] * (len(lengths) - 1)
     for row in np.flatnonzero(same).tolist():
         shortest = min(int(lengths[row]), int(lengths[row + 1])) - 1
         pages = div_ceil(shortest, page_size)
@@ -92,6 +93,8 @@ def find_groups(
     if len(lengths) < 2 or not len(page_ids):
         return ()
     tiles = _shared_tiles(shape, page_size, page_ids, page_starts, lengths)
+    if not any(tiles):
+        return ()
     found: list[PrefixGroup] = []
     stack: list[tuple[int, int, float, list[PrefixGroup]]] = []  # open stretches: tiles, first row, what their parts save, and those
     for row, shared in enumerate([*tiles, 0]):

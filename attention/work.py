@@ -10,6 +10,7 @@ multiples of it in the sequence and nowhere else; only which lane runs a piece d
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ MERGE_FIELDS = (
     8  # first_token, query_len, row, first partial, partial count; of a shared prefix: first partial, count, rows of its group before
 )
 OVERHEAD_TILES = 1  # what starting and ending an item costs, in tiles of latents
+_COUNTED = 2**30  # more than the pieces of any launch
 SPLIT_TILES_MIN = 2  # no split is shorter: merging it would cost more than it saves
 
 
@@ -80,15 +82,15 @@ class WorkList:
 
 def _whole(ends: np.ndarray, lanes: int, most: int) -> np.ndarray | None:
     """The lane of each unit if units in order, none cut, fit into lanes of at most `most`; ends: where each unit ends on the line."""
-    lane, begin, first = np.empty(len(ends), np.int64), 0, 0
-    for index in range(lanes):
-        last = int(np.searchsorted(ends, begin + most, side="right"))
-        lane[first:last] = index
-        if last == len(ends):
-            return lane
-        if last == first:
-            return None
-        begin, first = int(ends[last - 1]), last
+    line, counts, begin, first = ends.tolist(), [], 0, 0
+    for _ in range(lanes):
+        last = bisect_right(line, begin + most, first)
+        counts.append(last - first)
+        if last == len(line):
+            return np.repeat(np.arange(len(counts)), counts)
+        if last == first or line[-1] - line[last - 1] > (lanes - len(counts)) * most:
+            return None  # a unit longer than a lane, or more than what the lanes that are left can hold
+        begin, first = line[last - 1], last
     return None
 
 
@@ -196,25 +198,31 @@ def list_pieces(
     needed = np.where(split, pieces * group, 0)
     first_partial = np.cumsum(needed) - needed
 
-    member = np.arange(group)
-    nth = np.arange(len(unit)) - first_piece[unit]
-    items = np.empty((len(unit), group, ITEM_FIELDS), np.int32)
-    items[:, :, :4] = units[unit, None, :4]
-    items[:, :, 4] = units[unit, 4, None] + member * shape.block_rows
-    items[:, :, 5] = (begin * shape.block_tokens)[:, None]
-    items[:, :, 6] = np.minimum(end * shape.block_tokens, units[unit, 5])[:, None]
-    items[:, :, 7] = np.where(split[unit, None], (first_partial[unit] + nth)[:, None] + member * pieces[unit, None], -1)
-    flat = items.reshape(-1, ITEM_FIELDS)
+    wide = np.empty((len(unit), ITEM_FIELDS), np.int32)  # a row for each piece, as the first of its group has it
+    wide[:, :5] = units[:, :5].astype(np.int32)[unit]
+    wide[:, 5] = begin * shape.block_tokens
+    wide[:, 6] = np.minimum(end * shape.block_tokens, units[:, 5][unit])
+    wide[:, 7] = np.where(split, first_partial - first_piece, -1 - _COUNTED)[unit]
+    wide[:, 7] += np.arange(len(unit), dtype=np.int32)
+    np.maximum(wide[:, 7], -1, out=wide[:, 7])
+
     programs = np.zeros(num_programs + 1, np.int32)
-    if prefix_units is not None:  # the last blocks of a prefix may have no rows: then its program has an item less
-        kept = np.flatnonzero(flat[:, 4] < flat[:, 2] * shape.num_heads)
-        program = (lane[:, None] * group + member).ravel()[kept]
-        flat = flat[kept[np.argsort(program, kind="stable")]]
-        np.cumsum(np.bincount(program, minlength=num_programs), out=programs[1:])
+    member = np.arange(group)
+    if prefix_units is None and group == 1 and not shape.piece_tiles:  # pieces are in order of their lanes
+        flat = wide
+        np.cumsum(np.bincount(lane, minlength=num_programs), out=programs[1:])
     else:
-        if group > 1 or shape.piece_tiles:  # in order of program: lane, then place in the group
-            flat = flat[np.argsort((lane[:, None] * group + member).ravel(), kind="stable")]
-        np.cumsum(np.repeat(np.bincount(lane, minlength=num_programs // group), group), out=programs[1:])
+        program = (lane[:, None] * group + member).ravel()
+        order = np.argsort(program.astype(np.uint16), kind="stable") if num_programs < 2**16 else np.argsort(program, kind="stable")
+        flat = wide[order // group]
+        if group > 1:
+            nth = order % group
+            flat[:, 4] += (nth * shape.block_rows).astype(np.int32)
+            flat[:, 7] += np.where(split, pieces, 0)[unit[order // group]] * nth
+        if prefix_units is not None:  # the last blocks of a prefix may have no rows: then its program has an item less
+            kept = flat[:, 4] < flat[:, 2] * shape.num_heads
+            flat, program = flat[kept], program[order][kept]
+        np.cumsum(np.bincount(program, minlength=num_programs), out=programs[1:])
 
     merged = np.flatnonzero(own)
     merges = np.zeros((len(merged), group, MERGE_FIELDS), np.int32)
