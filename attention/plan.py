@@ -185,13 +185,17 @@ def make_plan(
     page_ids = _used_pages(np.asarray(tables.page_ids), indptr, used, num_pages)
     page_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(used)])
 
-    owner, offset = ragged_arange(queries)
-    position = (lengths - queries)[owner] + offset
-    padded = (position < 0) | ~stored[owner]
-    position = np.where(padded, 0, position)
-    entry = page_starts[owner] + position // layout.page_size
+    if num_decode == batch:  # one token a row, each row's last
+        first_pages, position, kept = page_starts[:-1], lengths - 1, stored
+    else:
+        owner, offset = ragged_arange(queries)
+        first_pages, position, kept = page_starts[owner], (lengths - queries)[owner] + offset, stored[owner]
+    padded = (position < 0) | ~kept
+    position = np.maximum(position, 0)
+    entry = first_pages + position // layout.page_size
     pages = page_ids[np.minimum(entry, max(len(page_ids) - 1, 0))].astype(np.int64) if len(page_ids) else np.zeros(len(entry), np.int64)
-    slots = np.where(padded, -1, pages * layout.page_size + position % layout.page_size)
+    slots = pages * layout.page_size + position % layout.page_size
+    slots[padded] = -1
     return Plan(
         version=tables.version,
         serial=serial,

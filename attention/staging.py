@@ -22,6 +22,7 @@ from kvmanager.tables import div_ceil
 
 __all__ = ["DevicePlan", "DeviceWork", "Staging"]
 
+VIEWS_MAX = 256  # of the device buffer that are kept: most steps have the shapes of one before
 RING_SLOTS = 4  # plans that may be on their way at once
 PREFILL_PIECES_MAX = 2**16  # of a batch-invariant prefill in a step, beyond one for each block of rows: 2 MiB of work list
 
@@ -99,6 +100,7 @@ class Staging:
         self._hosts = [pinned.numpy() for pinned in self._pinned]
         self._events = [torch.cuda.Event() for _ in range(RING_SLOTS)]
         self._next = 0
+        self._views: dict[tuple[int, str, tuple[int, ...]], Tensor] = {}
 
     def send(self, plan: Plan) -> DevicePlan:
         """Pack a plan and start its copy on the current stream; whatever that stream runs next sees it."""
@@ -151,7 +153,12 @@ class Staging:
         """Write an array at a byte offset of the host buffer; gives its device view and the offset behind it."""
         num_bytes = array.nbytes
         host[offset : offset + num_bytes].view(array.dtype)[:] = array.ravel()
-        view = self.buffer[offset : offset + num_bytes].view(_TORCH_TYPES[array.dtype.char]).view(array.shape)
+        key = (offset, array.dtype.char, array.shape)
+        if (view := self._views.get(key)) is None:
+            if len(self._views) == VIEWS_MAX:
+                self._views.clear()
+            view = self.buffer[offset : offset + num_bytes].view(_TORCH_TYPES[array.dtype.char]).view(array.shape)
+            self._views[key] = view
         return view, offset + _aligned(num_bytes)
 
 

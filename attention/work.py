@@ -82,15 +82,16 @@ class WorkList:
 
 def _whole(ends: np.ndarray, lanes: int, most: int) -> np.ndarray | None:
     """The lane of each unit if units in order, none cut, fit into lanes of at most `most`; ends: where each unit ends on the line."""
-    line, counts, begin, first = ends.tolist(), [], 0, 0
-    for _ in range(lanes):
-        last = bisect_right(line, begin + most, first)
-        counts.append(last - first)
+    line, lasts, begin, last = ends.tolist(), [0], 0, 0
+    length, left = line[-1], lanes
+    while left:
+        first, last, left = last, bisect_right(line, begin + most, last), left - 1
+        lasts.append(last)
         if last == len(line):
-            return np.repeat(np.arange(len(counts)), counts)
-        if last == first or line[-1] - line[last - 1] > (lanes - len(counts)) * most:
+            return np.repeat(np.arange(lanes - left), np.diff(lasts))
+        begin = line[last - 1]
+        if last == first or length - begin > left * most:
             return None  # a unit longer than a lane, or more than what the lanes that are left can hold
-        begin, first = line[last - 1], last
     return None
 
 
