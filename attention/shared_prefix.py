@@ -72,10 +72,11 @@ def _shared_tiles(shape: Shape, page_size: int, page_ids: np.ndarray, page_start
     if not same.any():
         return []
     tiles = [0] * (len(lengths) - 1)
+    starts, counts = page_starts.tolist(), lengths.tolist()
     for row in np.flatnonzero(same).tolist():
-        shortest = min(int(lengths[row]), int(lengths[row + 1])) - 1
+        shortest = min(counts[row], counts[row + 1]) - 1
         pages = div_ceil(shortest, page_size)
-        start, other = int(page_starts[row]), int(page_starts[row + 1])
+        start, other = starts[row], starts[row + 1]
         differ = page_ids[start : start + pages] != page_ids[other : other + pages]
         at = int(differ.argmax())
         tokens = min(shortest, at * page_size) if differ[at] else shortest
@@ -98,7 +99,8 @@ def find_groups(
     found: list[PrefixGroup] = []
     stack: list[tuple[int, int, float, list[PrefixGroup]]] = []  # open stretches: tiles, first row, what their parts save, and those
     for row, shared in enumerate([*tiles, 0]):
-        first, inner, groups = row, 0.0, list[PrefixGroup]()
+        first, inner = row, 0.0
+        groups: list[PrefixGroup] = []
         while stack and stack[-1][0] >= max(shared, 1):
             within, first, saved, parts = stack.pop()
             inner, groups = inner + saved, parts + groups
