@@ -214,7 +214,7 @@ def list_pieces(
         np.cumsum(np.bincount(lane, minlength=num_programs), out=programs[1:])
     else:
         program = (lane[:, None] * group + member).ravel()
-        order = np.argsort(program.astype(np.uint16), kind="stable") if num_programs < 2**16 else np.argsort(program, kind="stable")
+        order = np.argsort(program.astype(np.uint16 if num_programs < 2**16 else np.int64), kind="stable")  # 16 bits: in linear time
         flat = wide[order // group]
         if group > 1:
             nth = order % group
