@@ -7,8 +7,8 @@ A group of G rows that share S latents is two kinds of work, in one launch:
     tails    each row over what it has beyond S
 
 Both leave partial results; the merge takes a row's from the prefix's blocks and then those of its tail. Blocks of a prefix read the same
-latents, so they are cut alike and stand on neighbouring programs, first of all there: one brings a tile, and the others find it in the L2 cache.
-The tails, and rows that share nothing, fill up what the programs have left.
+latents, so they are cut alike and stand on neighbouring programs: one brings a tile, and the others find it in the L2 cache. The tails, and rows
+that share nothing, fill up what the programs have left.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvmanager.attention.shared_prefix import PrefixGroup, gain
+from kvmanager.attention.shared_prefix import PrefixGroup, alone_tiles, gain
 from kvmanager.attention.work import OVERHEAD_TILES, Shape, WorkList, cut_at, decode_units, decode_work, list_pieces
 from kvmanager.tables import div_ceil
 
-__all__ = ["shared_decode_work", "shared_items_max", "shared_partials_max"]
+__all__ = ["WORTH", "apart_level", "shared_decode_work", "shared_items_max", "shared_partials_max"]
 
 ROOM_TILES_MIN = 4  # a lane with less left takes no tail: starting a piece and merging it would take longer
-SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of a prefix's piece, tried as parts of a lane's share
+SIZES = np.array([4.0, 2.8, 2.0, 1.4, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5])  # of a prefix's piece, tried as parts of a lane's share
+MERGED_AT_ONCE, MERGE_TILES = 8, 0.5  # what the merge takes at a time of a row's partials, and what that costs in tiles
+WORTH = 0.95  # of the time that it takes without sharing, by the same reckoning
 PARTIALS_A_PROGRAM = 8  # scratch is bounded by the card, not by how many rows may share
 
 
@@ -49,30 +51,32 @@ def _units_of(shape: Shape, group: PrefixGroup) -> int:
     return div_ceil(div_ceil(group.rows * shape.num_heads, shape.block_rows), shape.blocks_per_token)
 
 
-def _piece_counts(shape: Shape, wide: np.ndarray, tiles: np.ndarray, rest: int, pieces_max: int) -> np.ndarray | None:
-    """Into how many pieces each prefix is cut, so that the longest lane is short; None if pieces_max allows for none.
+def _piece_counts(shape: Shape, wide: np.ndarray, tiles: np.ndarray, rest: int, pieces_max: int) -> tuple[np.ndarray, float] | None:
+    """Into how many pieces each prefix is cut, so that all is done soonest, and when in tiles of a lane; None if pieces_max allows for none.
 
     wide [groups] lane-wide blocks and tiles [groups] of each prefix; rest: tiles of all else, which fills up what is left."""
     lanes = shape.lanes
     share = (int((wide * tiles).sum()) + int(wide.sum()) * OVERHEAD_TILES + rest) / lanes
-    best, shortest = None, 0.0
-    for size in SIZES:
-        counts = np.maximum(-(-tiles // max(int(share * size) - OVERHEAD_TILES, 1)), 1)
-        number = int((wide * counts).sum())
-        if number > pieces_max:
-            continue
-        load = float((wide * (tiles + OVERHEAD_TILES * counts)).sum())  # of the prefixes, on all lanes
-        full, more = divmod(number, lanes)
-        piece = load / number
-        low, high = full * piece, (full + 1) * piece if more else full * piece
-        level = (load + rest) / lanes
-        if level - high < ROOM_TILES_MIN:
-            level = max(high, low + rest / (lanes - more))
-        if best is None or level < shortest:
-            best, shortest = counts, level
-    if best is None and int(wide.sum()) <= pieces_max:
-        best = np.ones(len(wide), np.int64)
-    return best
+    size = np.maximum((share * SIZES).astype(np.int64) - OVERHEAD_TILES, 1)[:, None]
+    counts = np.append(-(-tiles // size), np.ones((1, len(tiles)), np.int64), 0)  # [sizes, groups]
+    number = counts @ wide
+    load = (wide * tiles).sum() + OVERHEAD_TILES * number  # of the prefixes, on all lanes
+    full, more = number // lanes, number % lanes
+    piece = load / number
+    high = (full + (more > 0)) * piece
+    level = (load + rest) / lanes
+    level = np.where(level - high < ROOM_TILES_MIN, np.maximum(high, full * piece + rest / (lanes - more)), level)
+    level = level + MERGE_TILES * -(-(counts.max(1) + 2) // MERGED_AT_ONCE)
+    level[number > pieces_max] = np.inf
+    best = int(level.argmin())
+    return None if np.isinf(level[best]) else (counts[best], float(level[best]))
+
+
+def apart_level(shape: Shape, lengths: np.ndarray, groups: Sequence[PrefixGroup]) -> float:
+    """When decode_work would be done, in tiles of a lane, if these groups were not read together."""
+    tiles = int((-(-lengths // shape.block_tokens)).sum()) + len(lengths) * OVERHEAD_TILES
+    reads = sum(group.rows * group.tokens * (alone_tiles(shape, group.tokens) / shape.blocks_per_token - 1) for group in groups)
+    return (tiles + reads / shape.block_tokens) / shape.lanes
 
 
 def _room(load: np.ndarray, rest: int) -> np.ndarray:
@@ -87,24 +91,35 @@ def _room(load: np.ndarray, rest: int) -> np.ndarray:
 
 
 def shared_decode_work(
-    shape: Shape, page_starts: np.ndarray, lengths: np.ndarray, groups: Sequence[PrefixGroup], max_batch: int
+    shape: Shape,
+    page_starts: np.ndarray,
+    lengths: np.ndarray,
+    groups: Sequence[PrefixGroup],
+    max_batch: int,
+    level_max: float = float("inf"),
 ) -> tuple[WorkList, tuple[PrefixGroup, ...]]:
     """As decode_work, with what the rows of each group share as work of its own; and the groups for which there was room.
 
-    Those that save least are left out while the partial slots (shared_partials_max) don't hold all of them. Same arguments, same list."""
+    Those that save least are left out while the partial slots (shared_partials_max) don't hold all of them; all of them, if they would take
+    longer than level_max (WORTH times apart_level: pays only where it is clear). Same arguments, same list."""
     groups = sorted(groups, key=lambda group: -gain(shape, group.rows, group.tokens // shape.block_tokens))
     slots = shared_partials_max(shape, max_batch) // shape.blocks_per_token
     while groups:
         kept = sorted(groups)
         members = sum(group.rows for group in kept)
         pieces_max = min(_prefix_pieces_max(shape, max_batch), slots - members - 2 * shape.lanes)
-        if (work := _shared(shape, page_starts, lengths, kept, pieces_max)) is not None:
+        work, level = _shared(shape, page_starts, lengths, kept, pieces_max, level_max)
+        if work is not None:
             return work, tuple(kept)
+        if level > level_max:
+            break
         groups.pop()
     return decode_work(shape, page_starts, lengths), ()
 
 
-def _shared(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray, groups: list[PrefixGroup], pieces_max: int) -> WorkList | None:
+def _shared(
+    shape: Shape, page_starts: np.ndarray, lengths: np.ndarray, groups: list[PrefixGroup], pieces_max: int, level_max: float
+) -> tuple[WorkList | None, float]:
     first, rows, tokens = np.array(groups, np.int64).T
     wide = np.array([_units_of(shape, group) for group in groups])
     tails = decode_units(shape, page_starts, lengths)
@@ -115,9 +130,12 @@ def _shared(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray, groups: 
     tail_tiles = -(-tails[:, 5] // shape.block_tokens) - tails[:, 6]
     rest = int(tail_tiles.sum()) + OVERHEAD_TILES * len(tails)
     prefix_tiles = tokens // shape.block_tokens
-    counts = _piece_counts(shape, wide, prefix_tiles, rest, pieces_max)
-    if counts is None:
-        return None
+    chosen = _piece_counts(shape, wide, prefix_tiles, rest, pieces_max)
+    if chosen is None:
+        return None, 0.0
+    counts, level = chosen
+    if level > level_max:
+        return None, level
 
     owner = np.repeat(np.arange(len(groups)), wide)
     block = np.arange(len(owner)) - (np.cumsum(wide) - wide)[owner]
@@ -153,5 +171,8 @@ def _shared(shape: Shape, page_starts: np.ndarray, lengths: np.ndarray, groups: 
         np.concatenate([end, tail_end + skip]),
         np.concatenate([lane, tail_lane]),
     )
-    group = shape.blocks_per_token
-    return list_pieces(shape, group, shape.lanes * group, np.concatenate([units, tails]), pieces, prefix_units, group_rows)
+    # Every other piece of a prefix comes after its program's tails: prefixes come from the L2 cache and tails from memory, and neither idles.
+    turn = np.concatenate([2 * (piece % 2), np.ones(len(tail_unit), np.int64)])
+    width = shape.blocks_per_token
+    work = list_pieces(shape, width, shape.lanes * width, np.concatenate([units, tails]), pieces, prefix_units, group_rows, turn)
+    return work, level

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvmanager.attention.plan import Limits, Plan
 from kvmanager.attention.shared_prefix import PrefixGroup, find_groups
-from kvmanager.attention.shared_work import shared_decode_work, shared_items_max, shared_partials_max
+from kvmanager.attention.shared_work import WORTH, apart_level, shared_decode_work, shared_items_max, shared_partials_max
 from kvmanager.attention.work import ITEM_FIELDS, MERGE_FIELDS, Shape, decode_work, prefill_waves, prefill_work
 from kvmanager.tables import div_ceil
 
@@ -108,7 +108,8 @@ class Staging:
         shape, starts, lengths = self._decode_shape, plan.page_starts[:rows], plan.lengths[:rows]
         groups = find_groups(shape, self._page_size, plan.page_ids, starts, lengths) if self._share else ()
         if groups:
-            work, groups = shared_decode_work(shape, starts, lengths, groups, self._limits.max_batch)
+            most = WORTH * apart_level(shape, lengths, groups)
+            work, groups = shared_decode_work(shape, starts, lengths, groups, self._limits.max_batch, most)
         else:
             work = decode_work(shape, starts, lengths)
         index, self._next = self._next, (self._next + 1) % RING_SLOTS

@@ -183,12 +183,14 @@ def list_pieces(
     cut: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     prefix_units: np.ndarray | None = None,
     group_rows: np.ndarray | None = None,
+    turn: np.ndarray | None = None,
 ) -> WorkList:
     """The lists of units that are cut into pieces: unit, first tile, end tile and lane of each, in order of units.
 
     prefix_units [n]  the first unit of what a unit shares, -1 if nothing. Units of a prefix stand side by side, before those that share it, and
                       have as many pieces each. Either kind is partial, and a prefix is merged with those that share it, not by itself
-    group_rows [n]    rows of the prefix's group that come before a unit's own; None: no unit has a prefix"""
+    group_rows [n]    rows of the prefix's group that come before a unit's own; None: no unit has a prefix
+    turn [pieces]     0 to 2: which pieces of a program come first; those of equal turn in the order given"""
     unit, begin, end, lane = cut
     pieces = np.bincount(unit, minlength=len(units))
     first_piece = np.cumsum(pieces) - pieces
@@ -214,7 +216,8 @@ def list_pieces(
         np.cumsum(np.bincount(lane, minlength=num_programs), out=programs[1:])
     else:
         program = (lane[:, None] * group + member).ravel()
-        order = np.argsort(program.astype(np.uint16 if num_programs < 2**16 else np.int64), kind="stable")  # 16 bits: in linear time
+        place = program if turn is None else program * 3 + np.repeat(turn, group)
+        order = np.argsort(place.astype(np.uint16 if 3 * num_programs < 2**16 else np.int64), kind="stable")  # 16 bits: in linear time
         flat = wide[order // group]
         if group > 1:
             nth = order % group

@@ -28,7 +28,7 @@ import triton
 from bench_decode import FORMATS
 from measure import COLD_BYTES, Times, multiplying, print_header, rested_ms
 
-from kvmanager.attention import shared_prefix
+from kvmanager.attention import shared_prefix, staging
 from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import Problem, check_attention, make_problem, share_pages
 from kvmanager.attention.layout import LatentLayout
@@ -36,6 +36,7 @@ from kvmanager.attention.layout import LatentLayout
 SHAPES = [
     "64x16x18432s16384", "64x16x18432s16384g2", "64x128x18432s16384", "128x16x4096", "128x128x4096",
     "64x8x18432s16384", "64x40x18432s16384", "8x16x18432s16384", "64x16x3072s1024", "128x16x8192s4096g16", "16x16x131072s129024",
+    "32x64x34816s32768",
     "64x16x18432s16384fp8_ds_mla", "64x16x18432s16384e4m3",
 ]  # fmt: skip
 SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(?:s(\d+))?(?:g(\d+))?(e4m3|fp8_ds_mla)?")
@@ -72,13 +73,14 @@ def bench(shape: str, bandwidth: float, matmul: Times) -> dict[str, Any]:
     layers = [index % num_layers for index in range(max(8, num_layers))]
     calls: dict[str, list[Callable[[], object]]] = {}
     kinds = {"apart": False, "once": True}
-    reads = shared_prefix.READ_TILES
+    model = shared_prefix.gain, staging.WORTH
     found, plan_us, kernel = 0, 0.0, ""
     while kinds:
         name, share = kinds.popitem()
         backend = backend_of(problem, share)
         kernel = backend.kernel
-        shared_prefix.READ_TILES = 1e9 if name == "forced" else reads
+        if name == "forced":
+            shared_prefix.gain, staging.WORTH = (lambda shape, rows, tiles: float(rows * tiles)), float("inf")
         plan = backend.plan(problem.tables, problem.query_lens, graph_batch=batch)
         assert plan.device is not None
         if name == "once":
@@ -91,7 +93,7 @@ def bench(shape: str, bandwidth: float, matmul: Times) -> dict[str, Any]:
             plan_us = sorted(times)[len(times) // 2] * 1e6
             if shared and not found:
                 kinds["forced"] = True
-        shared_prefix.READ_TILES = reads
+        shared_prefix.gain, staging.WORTH = model
         check_attention(problem, num_layers - 1, *backend.decode(plan, num_layers - 1, problem.q[num_layers - 1]))
         calls[name] = [lambda layer=layer, plan=plan, own=backend: own.decode(plan, layer, problem.q[layer]) for layer in layers]  # type: ignore[misc]
     best = dict.fromkeys(calls, Times(float("inf"), float("inf")))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvmanager.attention import shared_prefix
+from kvmanager.attention import shared_prefix, staging
 from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import Problem, check_attention, make_problem, share_pages
 from kvmanager.attention.layout import LatentLayout
@@ -35,6 +35,7 @@ def shared_problem(layout: LatentLayout, heads: int, seed: int = 0) -> Problem:
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups wherever there is a common tile: what pays is another question than what is right."""
     monkeypatch.setattr(shared_prefix, "gain", lambda shape, rows, tiles: float(rows * tiles))
+    monkeypatch.setattr(staging, "WORTH", float("inf"))
 
 
 @pytest.mark.usefixtures("always")
