@@ -15,11 +15,9 @@ from kvmanager.attention.work import OVERHEAD_TILES, Shape
 from kvmanager.errors import InvalidValue
 from kvmanager.tables import BatchTables, div_ceil
 
-__all__ = ["PrefixGroup", "alone_tiles", "find_groups", "gain", "order_by_prefix", "shares_prefixes"]
+__all__ = ["PrefixGroup", "find_groups", "gain", "order_by_prefix", "shares_prefixes"]
 
-# In tiles that a program multiplies: measured on an H100 at 512 + 64, the greatest part of it by how many of them a launch has.
-CACHED_TOKENS = 24576  # latents of a prefix that stay in the L2 cache for the next row that reads them (28 of 50 MB in bf16)
-READ_TILES = 2.0  # what bringing a tile from memory takes, where nobody else brings it
+# In tiles of one block of rows, as measured on an H100 at 512 + 64.
 PARTIAL_TILES = 6.0  # what a block of partial rows takes to be written and read again
 PARTIALS = 3  # of a row that is in a group, more than of one that is not: its tail, and pieces of the prefix
 
@@ -54,20 +52,14 @@ def order_by_prefix(tables: BatchTables) -> np.ndarray:
     return np.array(sorted(range(tables.batch), key=keys.__getitem__), np.int64)
 
 
-def alone_tiles(shape: Shape, tokens: int) -> float:
-    """What a tile of a prefix of `tokens` latents takes for a row that reads it by itself, in tiles of one block of rows."""
-    return max(shape.blocks_per_token, READ_TILES if tokens > CACHED_TOKENS else 1.0)
-
-
 def gain(shape: Shape, rows: int, tiles: int) -> float:
-    """What reading `tiles` once for `rows` rows saves, in tiles of one block of rows; below 0 it costs more than it saves.
+    """What working on `tiles` once for `rows` rows saves, in tiles of one block of rows; below 0 it costs more than it saves.
 
-    Together, the rows' heads are packed into full blocks, and what all of them read comes from memory once; alone, a long prefix comes from
-    there for each row. But each row then has more partial results."""
+    Together, the rows' heads are packed into full blocks. That is all: the reads that are saved come from the L2 cache anyway, since rows that
+    are read apart find there what another one brought (on an H100 up to 149 MB of prefix). Each row then has more partial results."""
     together = div_ceil(rows * shape.num_heads, shape.block_rows)
-    saved = rows * alone_tiles(shape, tiles * shape.block_tokens) - max(together, 1.0)
     partials = PARTIALS * PARTIAL_TILES * shape.num_heads / shape.block_rows
-    return tiles * saved - rows * (partials + OVERHEAD_TILES)
+    return float(tiles * (rows * shape.blocks_per_token - together) - rows * (partials + OVERHEAD_TILES))
 
 
 def _shared_tiles(shape: Shape, page_size: int, page_ids: np.ndarray, page_starts: np.ndarray, lengths: np.ndarray) -> list[int]:
@@ -94,7 +86,7 @@ def _shared_tiles(shape: Shape, page_size: int, page_ids: np.ndarray, page_start
 def find_groups(
     shape: Shape, page_size: int, page_ids: np.ndarray, page_starts: np.ndarray, lengths: np.ndarray
 ) -> tuple[PrefixGroup, ...]:
-    """The groups of neighbouring rows that together save most; none overlap, and each saves something.
+    """Groups of neighbouring rows; none overlap, and each saves something.
 
     page_ids [any] and page_starts [batch (+ 1)] as in a plan; lengths [batch] int64, 0 for padding. What rows have in common is a tree: all
     rows of a stretch share as much as its least alike neighbours do. A stretch is one group, or those of its parts, whichever saves more."""

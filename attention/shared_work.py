@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvmanager.attention.shared_prefix import PrefixGroup, alone_tiles, gain
+from kvmanager.attention.shared_prefix import PrefixGroup, gain
 from kvmanager.attention.work import OVERHEAD_TILES, Shape, WorkList, cut_at, decode_units, decode_work, list_pieces
 from kvmanager.tables import div_ceil
 
@@ -25,6 +25,8 @@ __all__ = ["WORTH", "apart_level", "shared_decode_work", "shared_items_max", "sh
 
 ROOM_TILES_MIN = 4  # a lane with less left takes no tail: starting a piece and merging it would take longer
 SIZES = np.array([4.0, 2.8, 2.0, 1.4, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5])  # of a prefix's piece, tried as parts of a lane's share
+REST_TILES = 1.25  # what a tile of all else takes, which comes from memory, in tiles of a prefix, which come from the L2 cache
+BOTH_TILES = 1.5  # what a lane that has both kinds takes longer: a sequence cut once more, and merged
 MERGED_AT_ONCE, MERGE_TILES = 8, 0.5  # what the merge takes at a time of a row's partials, and what that costs in tiles
 WORTH = 0.95  # of the time that it takes without sharing, by the same reckoning
 PARTIALS_A_PROGRAM = 8  # scratch is bounded by the card, not by how many rows may share
@@ -51,11 +53,11 @@ def _units_of(shape: Shape, group: PrefixGroup) -> int:
     return div_ceil(div_ceil(group.rows * shape.num_heads, shape.block_rows), shape.blocks_per_token)
 
 
-def _piece_counts(shape: Shape, wide: np.ndarray, tiles: np.ndarray, rest: int, pieces_max: int) -> tuple[np.ndarray, float] | None:
+def _piece_counts(shape: Shape, wide: np.ndarray, tiles: np.ndarray, rest: float, pieces_max: int) -> tuple[np.ndarray, float] | None:
     """Into how many pieces each prefix is cut, so that all is done soonest, and when in tiles of a lane; None if pieces_max allows for none.
 
     wide [groups] lane-wide blocks and tiles [groups] of each prefix; rest: tiles of all else, which fills up what is left."""
-    lanes = shape.lanes
+    lanes, rest = shape.lanes, REST_TILES * rest
     share = (int((wide * tiles).sum()) + int(wide.sum()) * OVERHEAD_TILES + rest) / lanes
     size = np.maximum((share * SIZES).astype(np.int64) - OVERHEAD_TILES, 1)[:, None]
     counts = np.append(-(-tiles // size), np.ones((1, len(tiles)), np.int64), 0)  # [sizes, groups]
@@ -65,28 +67,27 @@ def _piece_counts(shape: Shape, wide: np.ndarray, tiles: np.ndarray, rest: int, 
     piece = load / number
     high = (full + (more > 0)) * piece
     level = (load + rest) / lanes
-    level = np.where(level - high < ROOM_TILES_MIN, np.maximum(high, full * piece + rest / (lanes - more)), level)
+    some = np.maximum(high, full * piece + rest / (lanes - more) + BOTH_TILES * (full > 0))  # where the lanes with most take nothing else
+    level = np.where(level - high < ROOM_TILES_MIN, some, np.minimum(some, level + BOTH_TILES))
     level = level + MERGE_TILES * -(-(counts.max(1) + 2) // MERGED_AT_ONCE)
     level[number > pieces_max] = np.inf
     best = int(level.argmin())
     return None if np.isinf(level[best]) else (counts[best], float(level[best]))
 
 
-def apart_level(shape: Shape, lengths: np.ndarray, groups: Sequence[PrefixGroup]) -> float:
-    """When decode_work would be done, in tiles of a lane, if these groups were not read together."""
-    tiles = int((-(-lengths // shape.block_tokens)).sum()) + len(lengths) * OVERHEAD_TILES
-    reads = sum(group.rows * group.tokens * (alone_tiles(shape, group.tokens) / shape.blocks_per_token - 1) for group in groups)
-    return (tiles + reads / shape.block_tokens) / shape.lanes
+def apart_level(shape: Shape, lengths: np.ndarray) -> float:
+    """When decode_work is done, in tiles of a lane."""
+    return (int((-(-lengths // shape.block_tokens)).sum()) + len(lengths) * OVERHEAD_TILES) / shape.lanes
 
 
 def _room(load: np.ndarray, rest: int) -> np.ndarray:
-    """What each lane takes of `rest` so that all end together, as far as they can; a lane with too little left takes nothing."""
+    """Tiles of `rest` that each lane takes so that all end together, as far as they can; a lane with too little left takes nothing."""
     order = np.argsort(load, kind="stable")
     sorted_load = load[order]
-    level = (np.cumsum(sorted_load) + rest) / np.arange(1, len(load) + 1)
+    level = (np.cumsum(sorted_load) + REST_TILES * rest) / np.arange(1, len(load) + 1)
     count = max(int(np.count_nonzero(sorted_load + ROOM_TILES_MIN <= level)), 1)
     room = np.zeros(len(load))
-    room[order[:count]] = level[count - 1] - sorted_load[:count]
+    room[order[:count]] = (level[count - 1] - sorted_load[:count]) / REST_TILES
     return room
 
 

@@ -108,7 +108,7 @@ class Staging:
         shape, starts, lengths = self._decode_shape, plan.page_starts[:rows], plan.lengths[:rows]
         groups = find_groups(shape, self._page_size, plan.page_ids, starts, lengths) if self._share else ()
         if groups:
-            most = WORTH * apart_level(shape, lengths, groups)
+            most = WORTH * apart_level(shape, lengths)
             work, groups = shared_decode_work(shape, starts, lengths, groups, self._limits.max_batch, most)
         else:
             work = decode_work(shape, starts, lengths)

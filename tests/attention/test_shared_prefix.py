@@ -57,17 +57,15 @@ def common_tokens(page_ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray,
     return int(lengths[rows].min()) - 1
 
 
-def best_gain(shape: Shape, tree: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
-    """Over all ways to part the rows into stretches, by trying each last stretch."""
-    best = [0.0]
-    for end in range(1, len(tree[2]) + 1):
-        options = [best[-1]]
-        for start in range(end - 1):
-            tiles = common_tokens(*tree, range(start, end)) // shape.block_tokens
-            if tiles > 0:
-                options.append(best[start] + gain(shape, end - start, tiles))
-        best.append(max(options))
-    return best[-1]
+def best_gain(shape: Shape, tree: tuple[np.ndarray, np.ndarray, np.ndarray], rows: range) -> float:
+    """Of a stretch as one group, or parted wherever neighbours are least alike; nothing, if that is best."""
+    if len(rows) < 2:
+        return 0.0
+    alike = [common_tokens(*tree, range(row, row + 2)) // shape.block_tokens for row in rows[:-1]]
+    least = max(min(alike), 0)
+    ends = [row + 1 for row, tiles in zip(rows, alike, strict=False) if max(tiles, 0) == least]
+    parts = [range(start, end) for start, end in pairwise([rows.start, *ends, rows.stop])]
+    return max(sum(best_gain(shape, tree, part) for part in parts), gain(shape, len(rows), least) if least else 0.0)
 
 
 @settings(max_examples=150, deadline=None)
@@ -83,7 +81,7 @@ def test_groups_share_what_they_say_and_save_the_most_that_can_be_saved(
         assert tokens <= common_tokens(*tree, range(first, first + rows))
     saved = [gain(shape, rows, tokens // shape.block_tokens) for _, rows, tokens in groups]
     assert all(one > 0 for one in saved)
-    assert sum(saved) == pytest.approx(best_gain(shape, tree))
+    assert sum(saved) == pytest.approx(best_gain(shape, tree, range(len(lengths))))
 
 
 def test_entries_behind_a_length_and_equal_tables_are_no_common_latents() -> None:
