@@ -77,42 +77,51 @@ def _choose_fp8(layout: LatentLayout, triton_version: str, options: Options, num
 
 LIBRARIES = ("cudnn", "flash", "plain")
 FLASH_ARCH_MIN, FLASH_DIM_MAX = 80, 256
-CUDNN_ARCH, CUDNN_DIMS = 90, (192, 128)
-# From how many query tokens expanding pays, in multiples of the count at which the operations are equal; by the absorbed kernel.
-EXPANDED_FROM = {"hopper": 1.5, "hopper_fp8": 1.5, "triton": 1.0, "torch": 1.0}
-EXPANDED_FROM_NO_PREFIX = 64
+CUDNN_ARCH, CUDNN_DIMS = 90, (192, 128)  # where it was measured: more than twice as fast as FlashAttention 2 is there
+# From how many query tokens expanding pays, in multiples of the count at which both paths have as many operations, by absorbed kernel and library.
+# Measured on one H100 at 128 heads of 512 + 64 (benchmarks/RESULTS.md). What was not measured is taken to be equal: expanding then saves work at least.
+EXPANDED_FROM = {("hopper", "cudnn"): 2.4, ("hopper", "flash"): 6.0, ("triton", "cudnn"): 1.0, ("triton", "flash"): 1.2}
+# A library has a program for each 128 (query token, head) rows of a sequence and cuts no sequence: fewer leave a card idle. 16 heads measured.
+EXPANDED_ROWS_MIN = 12288
 
 
 def choose_library(value_dtype: str, qk_dim: int, v_dim: int, arch: int, asked: str | None = None) -> Choice:
     """What expanded attention runs on. arch: 0 is the CPU. Raises InvalidValue if the library asked for does not take it."""
     fits_flash = arch >= FLASH_ARCH_MIN and value_dtype in ("bfloat16", "float16") and max(qk_dim, v_dim) <= FLASH_DIM_MAX
-    fits_cudnn = fits_flash and arch == CUDNN_ARCH and qk_dim <= CUDNN_DIMS[0] and v_dim <= CUDNN_DIMS[1]
+    fits_cudnn = fits_flash and arch == CUDNN_ARCH and qk_dim <= CUDNN_DIMS[0] and v_dim <= CUDNN_DIMS[1] and qk_dim % 8 == v_dim % 8 == 0
     fits = {"cudnn": fits_cudnn, "flash": fits_flash, "plain": True}
     what = f"{value_dtype}, heads of {qk_dim} and {v_dim}, {f'sm_{arch}' if arch else 'CPU'}"
     if asked is not None:
         if not fits.get(asked, False):
             raise InvalidValue("library", "one of " + ", ".join(name for name in LIBRARIES if fits[name]) + f" for {what}", asked)
         return Choice(asked, "asked for")
+    if fits_cudnn:
+        return Choice("cudnn", f"{what}: cuDNN takes it, and is the faster one on sm_{CUDNN_ARCH}")
     if fits_flash:
-        return Choice("flash", f"{what}: FlashAttention takes it")
+        return Choice(
+            "flash",
+            f"{what}: FlashAttention takes it; cuDNN is for heads to {CUDNN_DIMS[0]} and {CUDNN_DIMS[1]}, multiples of 8, on sm_{CUDNN_ARCH}",
+        )
     return Choice("plain", f"{what}: FlashAttention takes bfloat16 and float16, heads to {FLASH_DIM_MAX}, from sm_{FLASH_ARCH_MIN}")
 
 
-def choose_prefill(kernel: str, dims: tuple[int, int, int, int], lengths: np.ndarray, query_lens: np.ndarray) -> Choice:
-    """ "expanded" or "absorbed" for rows of lengths and query_lens; dims: kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim.
+def choose_prefill(
+    kernel: str, library: str, num_heads: int, dims: tuple[int, int, int, int], lengths: np.ndarray, query_lens: np.ndarray
+) -> Choice:
+    """Whether rows of lengths and query_lens are "expanded" or "absorbed"; dims: kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim.
 
+    kernel and library are what the two paths run on.
     One answer for all rows of a step: expanded if at least half of what its query tokens see is seen by rows long enough to gain."""
     rank, rope, nope, v = dims
     saved = 2 * rank + rope - (nope + rope + v)  # products a query token and latent
     if saved <= 0:
         return Choice("absorbed", f"{rank} + {rope}: absorbed heads are no wider than expanded ones")
     equal = rank * (nope + v) / saved
-    enough = int(EXPANDED_FROM[kernel] * equal)
-    needed = np.where(lengths > query_lens, enough, min(enough, EXPANDED_FROM_NO_PREFIX))
+    filling = 0 if kernel == "torch" else -(-EXPANDED_ROWS_MIN // num_heads)
+    factor = EXPANDED_FROM.get((kernel.removesuffix("_fp8"), library), 1.0)
+    needed = max(int(factor * equal), filling)
     seen = query_lens * (lengths - (query_lens - 1) / 2)
     longest, share = int(query_lens.max(initial=0)), float(seen[query_lens >= needed].sum() / max(seen.sum(), 1))
-    rule = (
-        f"{enough} query tokens of a row are enough ({EXPANDED_FROM[kernel]:g} x {equal:.0f}), {EXPANDED_FROM_NO_PREFIX} without a prefix"
-    )
-    why = f"{kernel}: {rule}; {share:.0%} of this step's work is in such rows, the longest has {longest}"
+    rule = f"{needed} query tokens of a row are enough ({factor:g} x {equal:.0f}, {num_heads} heads from {filling})"
+    why = f"{kernel} or {library}: {rule}; {share:.0%} of this step's work is in such rows, the longest has {longest}"
     return Choice("expanded" if share >= 0.5 else "absorbed", why)

@@ -123,7 +123,7 @@ class LongPrefill:
         shape = (backend.num_heads, self.chunk_tokens)
         self._k = torch.zeros((*shape, self._k_width), dtype=dtype, device=memory.device)
         self._v = torch.zeros((*shape, self._v_width), dtype=dtype, device=memory.device)
-        pages = self.chunk_tokens // layout.page_size + 1  # a chunk may begin and end inside of pages
+        pages = div_ceil(self.chunk_tokens, layout.page_size) + 1  # a chunk may begin and end inside of pages
         self._stored = torch.empty((pages, *memory.pages.shape[2:]), dtype=_storable(memory.pages.dtype), device=memory.device)
         self._chosen: tuple[int, Choice] | None = None  # of the plan with this serial: layers share it
         self._ends = torch.zeros((2, 2), dtype=torch.int32, device=memory.device)
@@ -132,12 +132,13 @@ class LongPrefill:
         layout = self.backend.layout
         wide = layout.entry * (4 + item_bytes) if layout.is_fp8 else 0  # latents in eight bits, as float32 and as values
         a_token = self.backend.num_heads * (self._k_width + self._v_width) * item_bytes + layout.slot_bytes + wide
-        spare = layout.page_size * layout.slot_bytes
+        spare = 2 * layout.page_size * layout.slot_bytes
         tokens = (workspace_bytes - spare) // a_token
         if tokens < layout.page_size:
             need = layout.page_size * a_token + spare
             raise InvalidValue("workspace_bytes", f"at least {need}, what the latents of one page take expanded", workspace_bytes)
-        tokens = min(tokens, self.backend.limits.max_pages * layout.page_size)
+        held = self.backend.limits.max_pages * layout.page_size  # no sequence of a step is longer
+        tokens = min(tokens, div_ceil(held, CHUNK_MULTIPLE) * CHUNK_MULTIPLE if self._grain else held)
         if self._grain and tokens < 2 * self._grain:
             self.library, self.why, self._grain = "plain", f"workspace_bytes: room for {tokens} latents, and cuDNN's pieces are longer", 0
         multiple = CHUNK_MULTIPLE if tokens >= 2 * CHUNK_MULTIPLE else max(self._grain, layout.page_size)
@@ -148,6 +149,28 @@ class LongPrefill:
         """What the workspace takes, float32 copies of latents in eight bits not counted."""
         return sum(tensor.nbytes for tensor in (self._k, self._v, self._stored))
 
+    def warm_up(self, query_tokens: int) -> int:
+        """Have cuDNN make its plans for steps of up to so many query tokens a sequence, at any length; gives how many, 0 with another library.
+
+        Some 70 ms each, once in a process (torch keeps them by thread: call it in the one that runs the steps). A step of a shape that is not
+        there yet makes it then."""
+        if not self._grain:
+            return 0
+        if isinstance(query_tokens, bool) or not isinstance(query_tokens, int) or query_tokens < 1:
+            raise InvalidValue("query_tokens", "an integer of 1 or more", query_tokens)
+        grain, chunk = self._grain, self.chunk_tokens
+        rows_max = div_ceil(query_tokens, grain) * grain
+        lengths = [chunk, *(grain << power for power in range((chunk // grain).bit_length()) if grain << power < chunk)]
+        shapes = [(rows, length, False) for rows in range(grain, rows_max + 1, grain) for length in lengths]
+        shapes += [(rows, rows, True) for rows in range(grain, min(rows_max + grain, chunk) + 1, grain)]
+        q = torch.zeros((rows_max + grain, *self._k.shape[::2]), dtype=self._value_dtype, device=self._k.device)
+        for rows, length, causal in shapes:
+            out, lse = attend_cudnn(q[:rows], self._k[:, :length], self._v[:, :length], self._scale, causal)
+        state = out.float()
+        for target in (out, state):  # the merge kernel is compiled at its first launch
+            merge_pair(state, lse, out, lse, target, lse)
+        return len(shapes)
+
     def choose(self, plan: Plan) -> Choice:
         """ "expanded" or "absorbed" for this step's rows of several query tokens, and why: by a table of lengths and dimensions (choice.py)."""
         if self._chosen is not None and self._chosen[0] == plan.serial:
@@ -155,7 +178,7 @@ class LongPrefill:
         rows = slice(plan.num_decode, plan.batch)
         layout = self.backend.layout
         dims = (layout.kv_lora_rank, layout.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim)
-        choice = choose_prefill(self.backend.kernel, dims, plan.lengths[rows], plan.query_lens[rows])
+        choice = choose_prefill(self.backend.kernel, self.library, self.backend.num_heads, dims, plan.lengths[rows], plan.query_lens[rows])
         self._chosen = (plan.serial, choice)
         return choice
 

@@ -1,6 +1,6 @@
 """Prefill over cached latents on one GPU: the absorbed kernel beside expanded heads, projections included in both; and where they cross.
 
-    python3 benchmarks/bench_prefill.py [--heads 128] [--contexts 0,4096,16384,131072] [--libraries cudnn,flash]
+    python3 benchmarks/bench_prefill.py [--heads 128] [--contexts 0,4096,16384,131072] [--tokens 64,...,8192] [--libraries cudnn,flash]
 
 DeepSeek-V3's dimensions, bf16, page 64, one sequence. Each shape is checked against float64 on some of its tokens and heads first. Percent: of
 the matmul rate of the same run, by each path's own operations, so that a path may be faster at a lower percent. CUDA graph replay. The numbers go
@@ -24,8 +24,8 @@ from kvmanager.attention.compare import EXPANDED_LSE, EXPANDED_OUT, Heads, Probl
 from kvmanager.attention.layout import LatentLayout
 
 RANK, ROPE, NOPE, V = 512, 64, 128, 128
-TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-LONGEST = 131072
+TOKENS = (64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+LONGEST, LONGEST_TOKENS = 131072, 1024  # no more query tokens at the longest context
 CHECKED_HEADS = 4
 
 
@@ -84,12 +84,14 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=128)
     parser.add_argument("--contexts", default="0,4096,16384,131072")
     parser.add_argument("--libraries", default="cudnn,flash")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     options = parser.parse_args()
     _, _, matmul = print_header()
     libraries = options.libraries.split(",")
+    several = [int(text) for text in options.tokens.split(",")]
     rows: list[dict[str, float]] = []
     for context in (int(text) for text in options.contexts.split(",")):
-        tried = TOKENS if context < LONGEST else TOKENS[2:5]
+        tried = [tokens for tokens in several if context < LONGEST or 256 <= tokens <= LONGEST_TOKENS]
         times = {tokens: bench(tokens, context, options.heads, libraries, matmul) for tokens in tried}
         rows += [{"context": context, "tokens": tokens, **each} for tokens, each in times.items()]
         for name in libraries:

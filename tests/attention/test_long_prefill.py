@@ -24,9 +24,9 @@ def prefill_for(problem: Problem, nope: int, v: int, chunk: int, **options: Any)
     """chunk: latents that the workspace is made for, roughly: at least that many."""
     heads, layout = problem.q.shape[2], problem.memory.layout
     scale = (nope + layout.qk_rope_head_dim) ** -0.5
-    backend = MLABackend(problem.memory, heads, scale, max_tokens=2048, max_batch=32, max_pages=8192, **options)
+    backend = MLABackend(problem.memory, heads, scale, max_tokens=4096, max_batch=32, max_pages=8192, **options)
     a_token = heads * (nope + layout.qk_rope_head_dim + v) * 4 + layout.slot_bytes + (layout.entry * 8 if layout.is_fp8 else 0)
-    return LongPrefill(backend, nope, v, workspace_bytes=chunk * a_token + layout.page_size * layout.slot_bytes)
+    return LongPrefill(backend, nope, v, workspace_bytes=chunk * a_token + 2 * layout.page_size * layout.slot_bytes)
 
 
 def run_step(prefill: LongPrefill, problem: Problem, heads: Heads, layer: int, absorbed: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -65,11 +65,11 @@ def test_eight_bit_latents_are_expanded_as_the_numbers_that_their_bytes_mean(dty
 @pytest.mark.parametrize("lengths,counts", [([100], [40]), ([37, 300, 64], [37, 150, 3]), ([257, 16], [2, 16]), ([200], [200])])
 def test_shapes_rounded_up_for_cudnn_change_no_value(monkeypatch: pytest.MonkeyPatch, lengths: list[int], counts: list[int]) -> None:
     """A stand-in that takes what cuDNN takes: few shapes, and a causal mask from the first key on. The workspace begins as NaN."""
-    shapes = set()
+    shapes: list[tuple[int, int, bool]] = []
 
     def stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
         assert q.shape[0] % 16 == 0 and k.shape[1] % 16 == 0 and (not causal or q.shape[0] == k.shape[1])
-        shapes.add((q.shape[0], k.shape[1], causal))
+        shapes.append((q.shape[0], k.shape[1], causal))
         return attend_plain(q, k, v, scale, causal)
 
     monkeypatch.setattr("kvmanager.attention.long_prefill.choose_library", lambda *_: Choice("cudnn", "a test"))
@@ -80,11 +80,15 @@ def test_shapes_rounded_up_for_cudnn_change_no_value(monkeypatch: pytest.MonkeyP
     for chunk in (48, 80, 400):
         prefill = prefill_for(problem, 16, 16, chunk=chunk)
         assert prefill.library == "cudnn" and prefill.chunk_tokens == chunk
+        shapes.clear()
+        assert prefill.warm_up(max(counts)) == len(shapes) == len(set(shapes))
+        warm = set(shapes)
         prefill._k.fill_(float("nan"))
         prefill._v.fill_(float("nan"))
         out, lse, _ = run_step(prefill, problem, weights, 0, False)
         check_expanded(problem, 0, weights, prefill.backend.softmax_scale, out, lse)
-    assert shapes
+        assert len(shapes) > len(warm)
+        assert warm.issuperset(shapes[len(warm) :])
 
 
 def test_every_split_between_cached_and_new_gives_the_same_answer() -> None:
@@ -104,6 +108,17 @@ def test_a_context_of_131072() -> None:
     weights = make_heads(problem, 16, 16)
     prefill = prefill_for(problem, 16, 16, chunk=8192)
     assert prefill.chunk_tokens == 8192
+    out, lse, _ = run_step(prefill, problem, weights, 0, False)
+    check_expanded(problem, 0, weights, prefill.backend.softmax_scale, out, lse)
+
+
+@pytest.mark.parametrize("page_size", [48, 112, 128])
+def test_long_pieces_begin_and_end_inside_of_pages(page_size: int) -> None:
+    """Pieces of 2,048, which these pages do not divide, or do."""
+    problem = make_problem(LatentLayout(16, 16, 1, page_size, "float32"), [5000, 4500], [3, 2100], 1, seed=page_size)
+    weights = make_heads(problem, 16, 16)
+    prefill = prefill_for(problem, 16, 16, chunk=2048)
+    assert prefill.chunk_tokens == 2048
     out, lse, _ = run_step(prefill, problem, weights, 0, False)
     check_expanded(problem, 0, weights, prefill.backend.softmax_scale, out, lse)
 
@@ -243,20 +258,27 @@ def test_wrong_use_is_named() -> None:
 def test_the_table_goes_by_lengths_and_dimensions() -> None:
     """Few query tokens stay absorbed, many are expanded; where most of the work is decides; heads that are no narrower are never expanded."""
 
-    def chosen(kernel: str, dims: tuple[int, int, int, int], rows: list[tuple[int, int]]) -> str:
-        return choose_prefill(kernel, dims, np.array([length for length, _ in rows]), np.array([count for _, count in rows])).kernel
+    def chosen(kernel: str, heads: int, dims: tuple[int, int, int, int], rows: list[tuple[int, int]], library: str = "cudnn") -> str:
+        lengths, counts = (np.array([row[place] for row in rows], np.int64) for place in (0, 1))
+        return choose_prefill(kernel, library, heads, dims, lengths, counts).kernel
 
-    assert chosen("hopper", V3_DIMS, [(4096 + 64, 64)]) == "absorbed"
-    assert chosen("hopper", V3_DIMS, [(4096 + 1024, 1024)]) == "expanded"
-    assert chosen("hopper", V3_DIMS, [(9000, 2)] * 4 + [(4096 + 1024, 1024)]) == "expanded"
-    assert chosen("hopper", V3_DIMS, [(131072, 100)] * 4 + [(512, 512)]) == "absorbed"
-    assert chosen("torch", (128, 64, 512, 512), [(4096, 4096)]) == "absorbed"
-    assert chosen("hopper", V3_DIMS, []) == "absorbed"
-    assert "171" in choose_prefill("hopper", V3_DIMS, np.array([9]), np.array([9])).why
+    assert chosen("hopper", 128, V3_DIMS, [(4096 + 256, 256)]) == "absorbed"
+    assert chosen("hopper", 128, V3_DIMS, [(4096 + 512, 512)]) == "expanded"
+    assert chosen("hopper", 16, V3_DIMS, [(4096 + 512, 512)]) == "absorbed"
+    assert chosen("hopper", 16, V3_DIMS, [(4096 + 1024, 1024)]) == "expanded"
+    assert chosen("hopper", 128, V3_DIMS, [(9000, 2)] * 4 + [(4096 + 1024, 1024)]) == "expanded"
+    assert chosen("hopper", 128, V3_DIMS, [(131072, 100)] * 4 + [(512, 512)]) == "absorbed"
+    assert chosen("torch", 4, (128, 64, 512, 512), [(4096, 4096)]) == "absorbed"
+    assert chosen("hopper", 128, V3_DIMS, []) == "absorbed"
+    assert chosen("hopper", 128, V3_DIMS, [(4096 + 512, 512)], "flash") == chosen("hopper_fp8", 32, V3_DIMS, [(4480, 384)]) == "absorbed"
+    assert chosen("triton", 128, V3_DIMS, [(4096 + 256, 256)]) == "expanded"
+    assert "2.4 x 171" in choose_prefill("hopper", "cudnn", 128, V3_DIMS, np.array([9]), np.array([9])).why
 
 
 def test_the_library_goes_by_dtype_dimensions_and_architecture() -> None:
+    assert choose_library("bfloat16", 192, 128, 90).kernel == "cudnn"
     assert choose_library("bfloat16", 192, 128, 80).kernel == "flash"
+    assert choose_library("bfloat16", 192, 192, 90).kernel == choose_library("bfloat16", 192, 100, 90).kernel == "flash"
     assert choose_library("float32", 192, 128, 90).kernel == "plain"
     assert choose_library("bfloat16", 320, 128, 90).kernel == "plain"
     assert choose_library("bfloat16", 192, 128, 0).kernel == "plain"

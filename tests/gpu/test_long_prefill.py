@@ -47,13 +47,12 @@ def with_chunk(problem: Problem, nope: int, v: int, library: str | None, tokens:
         workspace_bytes = workspace_bytes * 5 // 4
 
 
-@pytest.mark.parametrize("library", [*LIBRARIES, None, "absorbed"])
+@pytest.mark.parametrize("library", [*LIBRARIES, "absorbed"])
 @pytest.mark.parametrize(
     "rank,rope,nope,v,heads,dtype",
     [
         (512, 64, 128, 128, 128, "bfloat16"),
         (512, 64, 128, 128, 16, "float16"),
-        (256, 32, 64, 64, 3, "bfloat16"),
         (128, 32, 32, 80, 7, "float16"),
     ],
 )
