@@ -39,6 +39,8 @@ gpu-bench: ## check the kernels, then time them: card, floor, time, percent of f
 	@$(RUN) $(PYTHON) benchmarks/bench_decode.py $(ARGS)
 	@$(RUN) $(PYTHON) benchmarks/bench_write.py
 	@$(RUN) $(PYTHON) benchmarks/bench_sparse.py
+	@$(RUN) $(PYTHON) benchmarks/bench_cascade.py
+	@$(RUN) $(PYTHON) benchmarks/bench_plan.py
 
 clean: ## remove build outputs and caches (.venv stays; rm -r it to begin anew)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -60,6 +60,25 @@ def test_slots_and_tables_equal_the_slow_model(batch: list[tuple[int, int]], res
     assert plan.num_decode + plan.num_prefill == plan.num_tokens == len(slots)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.int16, np.uint32])
+@pytest.mark.parametrize("long_row", [0, 2**30])
+def test_long_rows_and_other_integers_give_the_same_plan(dtype: Any, long_row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reserved entries are left out row by row or by one gather; a page id out of range is named, whatever its width, and one behind is not."""
+    monkeypatch.setattr("kvmanager.attention.plan.LONG_ROW", long_row)
+    ids = np.array([7, 3, 999, 5, 6, 8, 9, 999], dtype)
+    tables = BatchTables(1, 16, np.array([20, 0, 49, 5], np.int32), ids, np.array([0, 2, 3, 7, 8]))
+    plan = plan_of(tables, [1] * 4)
+    assert plan.page_ids.tolist() == [7, 3, 5, 6, 8, 9, 999] and plan.page_ids.dtype == np.int32
+    assert plan.page_starts.tolist() == [0, 2, 2, 6, 7] and plan.slots.tolist() == [3 * 16 + 3, -1, 9 * 16, 999 * 16 + 4]
+    beyond = np.array([*ids[:2], 1000, *ids[3:]], dtype)
+    assert plan_of(BatchTables(1, 16, tables.lengths, beyond, tables.page_indptr), [1] * 4).page_ids.tolist() == plan.page_ids.tolist()
+    for value in (1000, -1) if dtype != np.uint32 else (1000, 2**32 - 1):
+        bad = ids.copy()
+        bad[4] = value
+        with pytest.raises(InvalidValue, match=f"page_ids.*row 2.*{value} in row 3"):
+            plan_of(BatchTables(1, 16, tables.lengths, bad, tables.page_indptr), [1] * 4)
+
+
 def test_graph_batch_pads_with_rows_that_write_and_see_nothing() -> None:
     plan = plan_of(tables_of([5, 33]), [1, 1], graph_batch=5)
     assert (plan.num_decode, plan.num_tokens, plan.batch, plan.num_prefill) == (5, 5, 5, 0)
