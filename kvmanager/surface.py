@@ -299,13 +299,13 @@ class Surface:
         """All pins, or those of one tenant: pin, client, pool, tenant, session, tokens, pages, and what is left of the leases."""
         return self._ask({"t": "pins"} if tenant is None else {"t": "pins", "tenant": tenant})["pins"]
 
-    def hand_off(self, sequence: int, pool: str = "", *, group: str = "", reserve: bool = False) -> int:
+    def hand_off(self, sequence: int, pool: str = "", *, group: str = "", reserve: bool = False, stream: bool = False) -> int:
         """Move a sequence to another pool, or to the best one of a group; gives the handoff id. See `commands.HandOff`.
 
         The outcome comes as a notice: resident or aborted. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, SequenceTooLarge,
         PoolNotReady, PoolDrains, TooMany, OverQuota, and OutOfPages if pages are to be reserved.
         """
-        return self._one("hand_off", Step(hand_off=(HandOff(sequence, pool, group, reserve),)))["handoffs"][0]
+        return self._one("hand_off", Step(hand_off=(HandOff(sequence, pool, group, reserve, stream),)))["handoffs"][0]
 
     def abort(self, handoff: int) -> int:
         """Give a handoff up; the sequence stays in its source pool. Raises Unknown if it is over."""
@@ -363,12 +363,13 @@ class Surface:
         epoch: int = 0,
         as_of: int = 0,
         failed: Any = (),
+        layers: Any = (),
     ) -> int:
         """A worker reports what it finished; see `commands.Ack`. `epoch` is 0 for that in which it joined through this object.
 
         Raises Fenced if its lease ended, StaleEpoch if the manager does not continue what the worker has followed: drain, join again.
         """
-        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker), as_of, failed))["version"]
+        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker), as_of, failed, layers))["version"]
 
     def worker_gone(self, worker: int, *, epoch: int = 0) -> list[int]:
         """The worker's process is known dead, or it drained; gives the sequences that are lost with it.

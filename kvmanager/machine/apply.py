@@ -24,12 +24,14 @@ from kvmanager.machine.handoff_events import (
     apply_begun,
     apply_ended,
     apply_failed,
+    apply_layers_written,
     apply_moving,
     apply_pulled,
     apply_reserved,
     apply_reserving,
     apply_resident,
     apply_sealed,
+    apply_streaming,
 )
 from kvmanager.machine.pins import apply_pin_begun, apply_pins_ended
 from kvmanager.machine.publishing import apply_evicted, apply_index_dropped, apply_published, apply_released
@@ -92,6 +94,8 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.IndexDropped: apply_index_dropped,
     ev.HandoffBegun: apply_begun,
     ev.HandoffReserved: apply_reserved,
+    ev.HandoffStreaming: apply_streaming,
+    ev.LayersWritten: apply_layers_written,
     ev.HandoffSealed: apply_sealed,
     ev.HandoffReserving: apply_reserving,
     ev.HandoffMoving: apply_moving,

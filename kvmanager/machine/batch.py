@@ -80,6 +80,8 @@ EVENTS: tuple[type, ...] = (
     ev.HandoffFailed,
     ev.PoolDraining,
     ev.PoolDrained,
+    ev.HandoffStreaming,
+    ev.LayersWritten,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

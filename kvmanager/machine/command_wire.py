@@ -43,7 +43,7 @@ _DEFAULTS = {cls: {item.name: item.default for item in fields(cls) if item.defau
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    if type(value) is HandOff and value.pool and not value.reserve:
+    if type(value) is HandOff and value.pool and not value.reserve:  # nor is it streamed then
         return [value.sequence, value.pool]
     if type(value) in _DEFAULTS:
         defaults = _DEFAULTS[type(value)]

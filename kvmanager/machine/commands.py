@@ -41,6 +41,8 @@ TENANT_BYTES_MAX = 256
 EXTRAS_MAX = 1024
 MEMORY_BYTES_MAX = 4096
 REASON_MAX = 500  # characters of why a pull failed
+LAYER_REPORTS_MAX = 4096  # in one acknowledgement
+LAYERS_MAX = 1 << 16
 LEASE_MAX = 1 << 40  # milliseconds or versions
 Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
 
@@ -199,12 +201,14 @@ class HandOff:
              it fails the handoff, the manager tries the others, each once
     reserve  take the target's pages now, for all tokens known of the sequence, and move once those are computed: so that nothing is computed
              that has nowhere to go. Refused with OutOfPages if they are not there
+    stream   with `reserve`: the target pulls what is written already, chunk by chunk and by groups of layers, while the rest is computed
     """
 
     sequence: int
     pool: str = ""
     group: str = ""
     reserve: bool = False
+    stream: bool = False
 
     def __post_init__(self) -> None:
         check_int("hand_off.sequence", self.sequence, 1, INT64_MAX)
@@ -214,8 +218,11 @@ class HandOff:
             check_name("hand_off.group", self.group)
             if self.pool:
                 raise InvalidValue("hand_off.group", "a pool, or else a group", "both")
-        if not isinstance(self.reserve, bool):
-            raise InvalidValue("hand_off.reserve", "true or false", repr(self.reserve)[:80])
+        for name in ("reserve", "stream"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidValue(f"hand_off.{name}", "true or false", repr(getattr(self, name))[:80])
+        if self.stream and not self.reserve:
+            raise InvalidValue("hand_off.stream", "false without hand_off.reserve: there would be no pages to stream into", "true")
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -458,6 +465,20 @@ def _check_failed(value: object) -> list[tuple[int, int, str]]:
     return failed
 
 
+def _check_layers(value: object) -> list[tuple[int, int, int]]:
+    reports = check_list("ack.layers", value)
+    if len(reports) > LAYER_REPORTS_MAX:
+        raise InvalidValue("ack.layers", f"at most {LAYER_REPORTS_MAX} reports", len(reports))
+    layers = []
+    for number, item in enumerate(reports):
+        name = f"ack.layers[{number}]"
+        if not isinstance(item, (list, tuple)) or len(item) != 3:
+            raise InvalidValue(name, "(handoff, tokens, layers)", repr(item)[:80])
+        handoff, tokens, count = item
+        layers.append((check_int(name, handoff, 1, INT64_MAX), check_int(name, tokens, 1, 1 << 24), check_int(name, count, 1, LAYERS_MAX)))
+    return layers
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Ack:
     """A worker has finished every step up to `version` and will refuse any that it has not seen yet.
@@ -465,6 +486,8 @@ class Ack:
     ids, tokens   int64 [n]: sequence ids[i] is written up to tokens[i]
     pulled        handoff ids whose pages have arrived and were verified
     failed        (handoff id, try, reason): tries of pulls that have ended without success, of which nothing can land any more
+    layers        (handoff id, tokens, layers): of the sequence of a streamed handoff, written so far in a step that is not finished: the
+                  first `layers` layers of its first `tokens` tokens (at most 4096 of these)
     epoch         the life of the manager that the worker follows (see Replica); 0 says that it has followed but one
     as_of         version of the tables that `tokens` speak of, at least `version`; 0 means `version` itself
     """
@@ -477,6 +500,7 @@ class Ack:
     epoch: int = 0
     as_of: int = 0
     failed: Any = ()
+    layers: Any = ()
 
     def __post_init__(self) -> None:
         check_int("ack.worker", self.worker, 1, INT64_MAX)
@@ -490,6 +514,7 @@ class Ack:
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "pulled", as_ids("ack.pulled", self.pulled))
         object.__setattr__(self, "failed", _check_failed(self.failed) if self.failed != () else ())
+        object.__setattr__(self, "layers", _check_layers(self.layers) if self.layers != () else ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,13 +177,14 @@ class HandoffReserving(NamedTuple):
 
 
 class HandoffMoving(NamedTuple):
-    """`shared` are pages that the target already has; `fresh` are to be pulled into, the first `kept` of which were reserved. pullers[i], a
-    worker of the target, pulls from worker sources[i]."""
+    """`shared` are pages that the target already has; `fresh` are to be pulled into, the first `kept` of which were reserved, behind the
+    first `skipped` that were. pullers[i], a worker of the target, pulls from worker sources[i]."""
 
     handoff: int
     shared: Ints32
     fresh: Ints32
     kept: int
+    skipped: int
     pullers: Ints64
     sources: Ints64
 
@@ -344,6 +345,25 @@ class PoolDrained(NamedTuple):
     pool: int
 
 
+class HandoffStreaming(NamedTuple):
+    """What was reserved may be pulled into from now on, as far as the source's workers say that it is written there. pullers[i], a worker of
+    the target, pulls from worker sources[i]. A hint: whoever does not heed it pulls everything once the handoff moves."""
+
+    handoff: int
+    pullers: Ints64
+    sources: Ints64
+
+
+class LayersWritten(NamedTuple):
+    """In a step that it is still running, the worker has written the first layers[i] layers of the first tokens[i] tokens of the sequence of
+    handoffs[i]; what it acknowledged of it before is there in all layers."""
+
+    worker: int
+    handoffs: Ints64
+    tokens: Ints64
+    layers: Ints64
+
+
 # Snapshot events: they build a state from nothing.
 
 
@@ -481,6 +501,7 @@ class HandoffRestored(NamedTuple):
     target_fresh: int
     target_node: int
     flushed: int
+    streaming: int
     pullers: Ints64
     sources: Ints64
     failures: Ints64

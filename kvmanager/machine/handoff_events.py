@@ -19,12 +19,14 @@ __all__ = [
     "apply_begun",
     "apply_ended",
     "apply_failed",
+    "apply_layers_written",
     "apply_moving",
     "apply_pulled",
     "apply_reserved",
     "apply_reserving",
     "apply_resident",
     "apply_sealed",
+    "apply_streaming",
 ]
 
 
@@ -71,6 +73,18 @@ def apply_reserved(state: State, event: ev.HandoffReserved) -> None:
     handoff.target_pages = event.shared.tolist() + event.fresh.tolist()
 
 
+def apply_streaming(state: State, event: ev.HandoffStreaming) -> None:
+    handoff = state.handoffs[event.handoff]
+    handoff.streaming = True
+    handoff.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
+
+
+def apply_layers_written(state: State, event: ev.LayersWritten) -> None:
+    """How far it is, the target's workers read in the event; the state needs only to know that it got further."""
+    for handoff_id in event.handoffs.tolist():
+        state.handoffs.progress(handoff_id, state.now_ms)
+
+
 def apply_sealed(state: State, event: ev.HandoffSealed) -> None:
     handoff = _turn(state, event.handoff, HandoffState.SEALED)
     state.sequences[handoff.sequence_id].sealed = True
@@ -96,8 +110,8 @@ def apply_moving(state: State, event: ev.HandoffMoving) -> None:
     target.share(event.shared)
     target.take(event.fresh[event.kept :], node.account)
     if handoff.target_node is not None:
-        # Of what was reserved the first `kept` fresh pages stay the handoff's. The others were never told to anybody as theirs to write.
-        indexed, first = handoff.target_shared, handoff.target_fresh
+        # Of what was reserved some fresh pages stay the handoff's. The others go to quarantine: if it streams, somebody may be writing them.
+        indexed, first = handoff.target_shared, handoff.target_fresh + event.skipped
         unused = handoff.target_pages[:first] + handoff.target_pages[first + event.kept :]
         let_go(state, target, handoff.namespace, unused, indexed, handoff.target_node)
         target.prefix.leave(handoff.namespace)

@@ -65,7 +65,7 @@ def hand_off(draft: Draft, item: HandOff) -> list[Any]:
     else:
         targets = others(state, sequence, item.group)
     until = _known(draft, sequence) if item.reserve else 0
-    return begin(draft, sequence, targets, item.group, reserve=item.reserve, until=until)
+    return begin(draft, sequence, targets, item.group, reserve=item.reserve, stream=item.stream, until=until)
 
 
 def others(state: State, sequence: Sequence, group: str) -> list[Pool]:
@@ -83,6 +83,7 @@ def begin(
     group: str,
     *,
     reserve: bool = False,
+    stream: bool = False,
     until: int = 0,
     tried: tuple[int, ...] = (),
     cause: str = "",
@@ -115,7 +116,16 @@ def begin(
         fresh = pages.take(_total(draft, sequence, target, True) - len(shared), pages.account(sequence.namespace))
         draft.events.append(ev.HandoffReserved(handoff_id, shared, fresh))
         draft.reserved[handoff_id] = (shared, fresh)
+        if stream:
+            draft.events.append(ev.HandoffStreaming(handoff_id, *_who_pulls(draft, handoff_id, sequence.pool, target.index)))
     return [handoff_id, target.name]
+
+
+def _who_pulls(draft: Draft, handoff_id: int, source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """The target's workers, and for each the worker of the source that it pulls from. Both int64 [n]."""
+    pullers, sources = draft.live_workers(target), draft.live_workers(source)
+    chosen = [sources[source_of(rank, len(pullers), len(sources), handoff_id)] for rank in range(len(pullers))]
+    return np.array(pullers, np.int64), np.array(chosen, np.int64)
 
 
 def _check_fits(draft: Draft, sequence: Sequence, target: Pool, reserve: bool) -> None:
@@ -233,7 +243,8 @@ def expire(draft: Draft, now_ms: int) -> None:
         for number in sorted(late):
             handoff = handoffs[number]
             what = f"{handoff.state.name.lower()} for more than {limit} ms without getting further"
-            missing = [draft.state.workers[each].name for each in handoff.sources if each not in handoff.pulled]
+            pullers = handoff.sources if handoff.state is HandoffState.MOVING else {}
+            missing = [draft.state.workers[each].name for each in pullers if each not in handoff.pulled]
             give_up(draft, handoff, "timed_out", what + (f": not pulled by {', '.join(missing)}" if missing else ""))
 
 
@@ -338,7 +349,17 @@ def _redirect(draft: Draft, handoff: Handoff, cause: str) -> None:
     tried = (*handoff.tried, handoff.target)
     targets = [pool for pool in others(state, sequence, handoff.group) if pool.index not in tried]
     try:
-        begin(draft, sequence, targets, handoff.group, reserve=handoff.until > 0, until=handoff.until, tried=tried, cause=cause)
+        begin(
+            draft,
+            sequence,
+            targets,
+            handoff.group,
+            reserve=handoff.until > 0,
+            stream=handoff.streaming,
+            until=handoff.until,
+            tried=tried,
+            cause=cause,
+        )
     except KVError:
         return  # its owner has been told that the first one failed, and asks again as it sees fit
 
@@ -369,8 +390,9 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
     pages = draft.pool(target)
     found = _match(draft, sequence, pool, min(length, len(sequence.tokens) // TOKEN_BYTES))
     shared = found.pages()
-    reserved = _reserved(draft, handoff, handoff_id)
-    kept = reserved[: total - len(shared)]
+    first, reserved = _reserved(draft, handoff, handoff_id)
+    skipped = min(max(len(shared) - first, 0), len(reserved))  # the others stay where they are in the table: they may be streamed into
+    kept = reserved[skipped : skipped + total - len(shared)]
     pinned = pages.pin(found.nodes, found.last_pages)
     account = pages.account(sequence.namespace)
     more = total - len(shared) - len(kept)
@@ -385,17 +407,17 @@ def _advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: H
         draft.events.append(ev.HandoffReserving(handoff_id))
         return refusal
     fresh = np.concatenate([kept, pages.take(more, account)])
-    pullers, sources = draft.live_workers(target), draft.live_workers(sequence.pool)
-    chosen = [sources[source_of(rank, len(pullers), len(sources), handoff_id)] for rank in range(len(pullers))]
-    draft.events.append(ev.HandoffMoving(handoff_id, shared, fresh, len(kept), np.array(pullers, np.int64), np.array(chosen, np.int64)))
+    pullers, sources = _who_pulls(draft, handoff_id, sequence.pool, target)
+    draft.events.append(ev.HandoffMoving(handoff_id, shared, fresh, len(kept), skipped, pullers, sources))
     return None
 
 
-def _reserved(draft: Draft, handoff: Handoff | None, handoff_id: int) -> np.ndarray:
-    """Pages of the target that were taken for the handoff before it moves."""
+def _reserved(draft: Draft, handoff: Handoff | None, handoff_id: int) -> tuple[int, np.ndarray]:
+    """Pages of the target that were taken for the handoff before it moves, and where in its table there they begin."""
     if handoff is not None:
-        return np.array(handoff.target_pages[handoff.target_fresh :], np.int32)
-    return draft.reserved[handoff_id][1] if handoff_id in draft.reserved else NO_PAGES
+        return handoff.target_fresh, np.array(handoff.target_pages[handoff.target_fresh :], np.int32)
+    shared, fresh = draft.reserved.get(handoff_id, (NO_PAGES, NO_PAGES))
+    return len(shared), fresh
 
 
 def _cannot(draft: Draft, handoff: Handoff | None, handoff_id: int, refusal: KVError) -> KVError:
@@ -438,6 +460,7 @@ def list_handoffs(state: State, limit: int) -> list[dict[str, Any]]:
             "pages_shared": handoff.target_shared,
             "pulled": len(handoff.pulled),
             "failed": sum(handoff.failures.values()),
+            "streaming": handoff.streaming,
             "age": state.version - handoff.version,
         }
         for handoff in islice(state.handoffs.values(), limit)

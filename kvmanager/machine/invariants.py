@@ -10,6 +10,7 @@ from kvmanager.errors import InvariantBroken
 from kvmanager.machine.pins import pages_of
 from kvmanager.machine.state import State, tenant_of
 from kvmanager.machine.tenants import pages_of_tenant
+from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.pool import Pool
 from kvmanager.pages.prefix import TOKEN_BYTES
 
@@ -49,6 +50,8 @@ def check_invariants(state: State) -> None:
                 if handoff.source_node is not None:
                     node_refs.update(id(node) for node in handoff.source_node.path())
             if handoff.target == pool.index:
+                if handoff.streaming and handoff.target_node is None and handoff.state is not HandoffState.ABORTED:
+                    _fail(pool.name, f"handoff {handoff.handoff_id}: streams, and nothing is reserved for it")
                 owners.update(handoff.target_pages)
                 if handoff.target_node is not None:
                     node_refs.update(id(node) for node in handoff.target_node.path())

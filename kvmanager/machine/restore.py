@@ -167,6 +167,7 @@ def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restor
         event.target_fresh,
         None,
         bool(event.flushed),
+        bool(event.streaming),
     )
     columns = event.pullers.tolist(), event.sources.tolist(), event.failures.tolist()
     handoff.sources = dict(zip(*columns[:2], strict=True))

@@ -80,11 +80,28 @@ def ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]:
         draft.written.setdefault(sequence_id, {})[command.worker] = tokens
     if ids:
         draft.events.append(ev.SequencesWritten(command.worker, np.array(ids, np.int64), np.array(lengths, np.int64)))
+    _layers_written(draft, command, worker)
     for handoff_id in dict.fromkeys(command.pulled.tolist()):
         pulled(draft, handoff_id, command.worker, worker.pool)
     for handoff_id, attempt, reason in command.failed:
         pull_failed(draft, handoff_id, attempt, command.worker, reason)
     return {}
+
+
+def _layers_written(draft: Draft, command: Ack, worker: Worker) -> None:
+    """How far a step has come that the worker is still running. What comes late, twice or for a handoff that is over changes nothing."""
+    state, told = draft.state, []
+    for handoff_id, tokens, layers in command.layers:
+        handoff = state.handoffs.get(handoff_id)
+        if handoff is None or not handoff.streaming or handoff.state is not HandoffState.PREFILLING:
+            continue
+        sequence = state.sequences[handoff.sequence_id]
+        if command.worker not in handoff.sources.values() or tokens > state.tables.length(handoff.sequence_id):
+            continue
+        if believed(sequence, tokens, command.as_of or command.version) == tokens > sequence.written.get(command.worker, 0):
+            told.append((handoff_id, tokens, layers))
+    if told:
+        draft.events.append(ev.LayersWritten(command.worker, *(np.array(column, np.int64) for column in zip(*told, strict=True))))
 
 
 def gone(draft: Draft, command: WorkerGone, now_ms: int, client: int) -> dict[str, Any]:

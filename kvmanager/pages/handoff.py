@@ -4,7 +4,9 @@
         └────────────┴────────────┴───────────┴──────▶ aborted ──▶ (ended)
 
 prefilling  the source still writes; sealed once its workers have acknowledged every token. With a reservation the target's pages are the
-            handoff's already, and nobody writes into them yet
+            handoff's already, and nobody writes into them yet; if it is streamed, the target's workers do: from then on they may be
+            pulling what the source says is written. Nobody holds the source's pages for them: what is copied out of pages that became
+            somebody else's is never believed, and lands in pages that are the handoff's or in quarantine
 reserving   the target pool lacks pages; tried again whenever some come free there, first come first served
 moving      the target has pages; its workers pull. The handoff itself owns the source pages, whatever becomes of the sequence
 resident    the sequence's table is the target's; the handoff is over
@@ -67,7 +69,8 @@ class Handoff:
     target_fresh    where in it the pages begin that were taken for this handoff
     target_node     not None from `moving` on, or from the reservation on
     flushed         its tenant's pages in the target were flushed meanwhile
-    sources         each worker of the target -> the source worker that it pulls from
+    streaming       the target's workers may pull before it moves, into what was reserved
+    sources         each worker of the target -> the source worker that it pulls from: from `moving` on, or from the beginning if it streams
     failures        worker -> tries that failed
     pulled          workers of the target pool that have reported the pull as done and verified
     """
@@ -94,6 +97,7 @@ class Handoff:
     target_fresh: int = 0
     target_node: Node | None = None
     flushed: bool = False
+    streaming: bool = False
     sources: dict[int, int] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     pulled: dict[int, None] = field(default_factory=dict)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from kvmanager.errors import Fenced, KVError, ReplicaGap, StaleEpoch, StaleStep
 from kvmanager.machine.command_wire import command_to_wire
 from kvmanager.machine.commands import Ack, Join
@@ -25,6 +27,7 @@ __all__ = ["Body"]
 RENEW_US = 250_000
 PATIENCE_US = 80_000  # nobody orders a step for this long: its scheduler is gone, the step is skipped
 CHORE_US = 10_000
+LAYERS, GARBAGE = 4, -1  # layers of a slot, told apart only in what is pulled early; what no token's stamp is
 
 
 class Body:
@@ -55,6 +58,7 @@ class Body:
         self._lives = 0  # of the manager's, that the replica has followed
         self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
         self._copies: dict[int, Pull] = {}
+        self._streamed: dict[int, dict[int, np.ndarray]] = {}  # handoff -> target page -> what was pulled early, layer by layer
         self._acking = False
         self._acked_at = world.now_us
         self._ask_hello()
@@ -69,6 +73,7 @@ class Body:
         if self.joined is not None:
             self.joined.works.clear()
             self.joined.chores.clear()
+            self.joined.early.clear()
             for pull in [pull for pull in self.joined.pulls.values() if pull.todo]:
                 del self.joined.pulls[pull.handoff]  # those that it has ended, it may have reported
 
@@ -333,10 +338,18 @@ class Body:
         self._running = version
         for place, sequence in enumerate(ids):
             self._later(200 * (place + 1), self._run_one, mine[sequence])
+        if self.replica.streaming() and rng.random() < 0.7:
+            self._later(200 * len(ids) + 100, self._tell_layers, version, ids, rng.randrange(1, LAYERS))
         self._later(200 * (len(ids) + 1) + int(rng.random() * 2000), self._finish, version, ids)
 
     def _run_one(self, work: Work) -> None:
         self.model.run(self.name, self.memory, work, hole=work.sequence in self._holes)
+
+    def _tell_layers(self, version: int, ids: list[int], layers: int) -> None:
+        """In the middle of a step: so much of it is there."""
+        self.replica.layers_written(version, [each for each in ids if each not in self._holes], layers)
+        if not self._acking and (content := self.replica.ack()) is not None:
+            self._send_ack(content)
 
     def _finish(self, version: int, ids: list[int]) -> None:
         self._running = 0
@@ -365,36 +378,65 @@ class Body:
                 if books is not None and books.failed:
                     books.begin_again()  # a snapshot came before the manager heard of it
                 self.replica.begin_pull(pull.handoff)
+                if self.joined is not None and (pull.early or pull.handoff in self._streamed):
+                    self.joined.early[pull.handoff] = pull.target_pages.tolist()
+                    self._streamed.setdefault(pull.handoff, {})
+                    self.model.seen["pulled_early"] += pull.early
                 self._later(self._page_us, self._copy, pull, 0)
         self._drop_pulls()
 
     def _copy(self, pull: Pull, at: int) -> None:
         """One page, then the next."""
-        ongoing = any(each.handoff == pull.handoff for each in self.replica.pulls())
+        ongoing = any(each.handoff == pull.handoff and each.early >= pull.early for each in self.replica.pulls())
         books = self.joined.pulls.get(pull.handoff) if self.joined is not None else None
         failed = self.world.faults.happens("skip", self.world.rng)
         if not ongoing or failed or at == len(pull.source_pages):
             del self._copies[pull.handoff]
+            if self.joined is not None:
+                self.joined.early.pop(pull.handoff, None)
             if failed and ongoing:
-                if books is not None:
+                self._streamed.pop(pull.handoff, None)
+                if books is not None and not pull.early:
                     books.fail()
                 self.replica.pull_failed(pull.handoff, "sums differ")
             else:
+                if books is not None and at == len(pull.source_pages):
+                    self._count_streamed(books)
                 self.replica.pulled(pull.handoff)
             self._look()
             return
+        if pull.handoff in self._streamed:
+            self._copy_layers(pull, at)
         source, target = int(pull.source_pages[at]), int(pull.target_pages[at])
         item = next((item for item in books.todo if item[1] == target), None) if books is not None else None
-        if books is not None and item is not None:
+        if books is not None and item is not None and not pull.early:
             got = books.source[source, : len(item[2])].tolist()
             # Once aborted, the source may die and be somebody else's: what is copied then is never used.
             demand(
                 books.aborted_at or (item[0] == source and got == item[2]),
                 f"handoff {pull.handoff}: {self.name} pulled page {source} and read {got[:4]}, not {item[2][:4]}",
             )
-            self.memory[target] = books.source[source]
-            books.todo.remove(item)
+            if pull.handoff not in self._streamed:
+                self.memory[target] = books.source[source]
+                books.todo.remove(item)
         self._later(int(self.world.rng.random() * self._page_us), self._copy, pull, at + 1)
+
+    def _copy_layers(self, pull: Pull, at: int) -> None:
+        """A page of a piece of a streamed handoff, which may be of some layers only: a slot is whole if all its layers are of one token."""
+        assert self.joined is not None
+        peer = self.model.workers.get(pull.peer.worker)
+        if peer is not None:
+            source, target = int(pull.source_pages[at]), int(pull.target_pages[at])
+            first, end = pull.layers(LAYERS)
+            layers = self._streamed[pull.handoff].setdefault(target, np.full((LAYERS, len(self.memory[target])), GARBAGE))
+            layers[first:end] = peer.memory[source]
+            self.memory[target] = np.where((layers == layers[0]).all(axis=0), layers[0], GARBAGE)
+
+    def _count_streamed(self, books: Any) -> None:
+        """What has arrived piece by piece is not to be pulled any more, once it is right."""
+        for item in [item for item in books.todo if item[1] in self._streamed.get(books.handoff, {})]:
+            if self.memory[item[1], : len(item[2])].tolist() == item[2]:
+                books.todo.remove(item)
 
     def _drop_pulls(self) -> None:
         """Aborted pulls that this process has heard of and does not carry out any more."""
@@ -411,8 +453,9 @@ class Body:
         assert self.joined is not None
         self._acking, self._acked_at = True, self.world.now_us
         ack = Ack(
-            self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of, content.failed
-        )
+            self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of, content.failed,
+            content.layers,
+        )  # fmt: skip
         command = command_to_wire(ack)
         self.caller.ask(command, lambda reply: self.receive(self._ack_answered, reply))
 

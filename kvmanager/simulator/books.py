@@ -122,11 +122,12 @@ class Worker:
     works: list[Work] = field(default_factory=list)
     chores: list[Chore] = field(default_factory=list)
     pulls: dict[int, Pull] = field(default_factory=dict)
+    early: dict[int, list[int]] = field(default_factory=dict)  # handoff -> pages that it is pulling into, and had not been told to for good
     done: dict[int, int] = field(default_factory=dict)  # sequence -> tokens written
 
     def __getstate__(self) -> dict[str, Any]:
         """What the log says of it; memory and work in flight are the process's and know no way back."""
-        return {**self.__dict__, "memory": None, "works": [], "chores": []}
+        return {**self.__dict__, "memory": None, "works": [], "chores": [], "early": {}}
 
     def may_ack(self, newest: int) -> int:
         """The newest version that this worker can truthfully acknowledge."""
@@ -155,6 +156,7 @@ class Move:
     tried: tuple[int, ...] = ()
     fresh: int = 0  # where in target_pages those begin that were taken for it
     flushed: bool = False
+    streaming: bool = False
 
 
 @dataclass

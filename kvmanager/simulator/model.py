@@ -137,6 +137,8 @@ class Model:
                 demand(page not in pages, f"{what}: {worker.name} still has step {version} in flight on page {page}")
             for pull in worker.pulls.values():
                 demand(page not in [item[1] for item in pull.todo], f"{what}: {worker.name} still pulls into page {page}")
+            for handoff, targets in worker.early.items():
+                demand(page not in targets, f"{what}: {worker.name} still pulls early into page {page}, for handoff {handoff}")
         for worker in self.workers.values():
             for pull in worker.pulls.values():
                 if pull.source_pool == pool:
@@ -214,6 +216,7 @@ class Model:
                 worker.memory = self.memory(worker.pool, worker.name)
                 worker.works.clear()
                 worker.pulls.clear()
+                worker.early.clear()
 
     def begin_life(self, version: int) -> None:
         """The manager came back: pages that nobody has are held until every worker has heard of it, and so are pulls that are no more."""

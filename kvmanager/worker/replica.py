@@ -19,6 +19,7 @@ from kvmanager.machine.batch import EventBatch, decode_batch
 from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.sequences import Tables
 from kvmanager.tables import BatchTables, div_ceil
+from kvmanager.worker.streams import Piece, Stream
 
 __all__ = ["AckContent", "Copies", "Peer", "Pull", "Replica"]
 
@@ -37,12 +38,14 @@ class Peer(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """Pages to copy into this pool from `peer`'s. What the pool already shares, its first `shared_pages` pages, is not in it.
+    """Pages to copy into this pool from `peer`'s. What is there already, the sequence's first `shared_pages` pages, is not in it.
 
     source_pages, target_pages   of equal size, source_pages[i] to target_pages[i]; else `tokens` slots of all layers, one after the other:
                                  from slot `source_skip` of the first source page on, to the first slot of the first target page on
     source_page_size, target_page_size   slots of a page
     attempt    of this worker, from 0 on
+    first_layer, end_layer   which layers of them, an `end_layer` of 0 is the last one's: see `layers`
+    early      the handoff does not move yet: a piece of what its source has written so far, and there will be more
     """
 
     handoff: int
@@ -57,6 +60,14 @@ class Pull(NamedTuple):
     tokens: int = 0
     source_skip: int = 0
     attempt: int = 0
+    first_layer: int = 0
+    end_layer: int = 0
+    early: bool = False
+
+    def layers(self, num_layers: int) -> tuple[int, int]:
+        """(first, end) for a memory of so many layers. Empty if the source said at the last of them that all were written."""
+        end = min(self.end_layer or num_layers, num_layers)
+        return min(self.first_layer, end), end
 
 
 class Copies(NamedTuple):
@@ -79,6 +90,7 @@ class AckContent(NamedTuple):
     epoch: int
     as_of: int = 0
     failed: list[tuple[int, int, str]] = []  # noqa: RUF012 - never changed; (handoff, attempt, reason)
+    layers: list[tuple[int, int, int]] = []  # noqa: RUF012 - never changed; (handoff, tokens, layers)
 
 
 @dataclass(slots=True)
@@ -89,6 +101,8 @@ class _Moving:
     shared: np.ndarray
     fresh: np.ndarray
     moving: bool = False
+    moved_at: int = 0  # the version in which it began to
+    streaming: bool = False
     sources: dict[int, int] = field(default_factory=dict)  # worker of the target -> worker that it pulls from
     tries: dict[int, int] = field(default_factory=dict)  # that failed
 
@@ -118,6 +132,11 @@ class Replica:
         self._handoffs: dict[int, _Moving] = {}
         self._pulls: dict[int, Pull] = {}  # not yet finished
         self._copying: dict[int, int] = {}  # begun and not ended, aborted ones included: handoff -> version of its beginning
+        self._begun: dict[int, Pull] = {}  # what of these is being copied
+        self._streams: dict[int, Stream] = {}  # handoffs into this pool that are pulled piece by piece
+        self._streamed: dict[int, int] = {}  # their sequences -> handoff
+        self._streaming: dict[int, int] = {}  # own sequences that others pull while they are written -> handoff
+        self._layers: dict[int, tuple[int, int]] = {}  # handoff -> tokens and layers of them that the step in progress has written
         self._pulled: list[int] = []  # finished, to be reported
         self._failed: dict[int, tuple[Pull, str]] = {}  # ended without success: the pull, and why
         self._unreported: dict[int, None] = {}  # those of them that the manager has not been told of
@@ -157,8 +176,9 @@ class Replica:
         past = dict(zip(lives.epochs.tolist(), lives.lasts.tolist(), strict=True)) if lives is not None else {}
         same = (batch.epoch == self.epoch and batch.version >= self.known) or self.known <= past.get(self.epoch, -1)
         self.stranded |= self.epoch > 0 and self.pool_name is not None and not same
-        acked, copying = (self.acked if same else 0), self._copying
+        acked, copying, begun = (self.acked if same else 0), self._copying, self._begun
         self._reset()
+        self._begun = begun
         self.epoch, self.version, self.known, self.acked = batch.epoch, batch.version, batch.version, acked
         self.past, self.differs = past, False
         self._copying = copying if same else dict.fromkeys(copying, 1)  # a snapshot does not stop a copy that is under way
@@ -299,27 +319,146 @@ class Replica:
     # --- pulling -------------------------------------------------------------------------------------------------------------
 
     def pulls(self) -> list[Pull]:
-        """Handoffs into this pool whose pages are still to be copied, oldest first. An aborted one vanishes from the list."""
-        return list(self._pulls.values())
+        """Handoffs into this pool of which there is something to copy, oldest first, each with one pull at a time: of one that is streamed
+        the next comes into the list when this one has ended. An aborted one vanishes from the list, and so does a pull that is under way
+        and would no longer be believed."""
+        if not self._begun:
+            return list(self._pulls.values())
+        return [pull for handoff, pull in self._pulls.items() if handoff not in self._begun or _same(self._begun[handoff], pull)]
 
     def begin_pull(self, handoff: int) -> None:
         """Copying starts: until `pulled`, nothing newer is acknowledged, even if the handoff is aborted meanwhile."""
-        self._copying[handoff] = self._pulls[handoff].version
+        pull = self._pulls[handoff]
+        # Whoever pulls early begins with what it knows now: pages that were let go of later are held until this has ended.
+        self._copying[handoff] = self.version + 1 if pull.early else pull.version
+        self._begun[handoff] = pull
 
     def pulled(self, handoff: int) -> None:
         """Copying has ended: the pages are here and verified. If the handoff was aborted meanwhile, nothing is reported."""
-        self._copying.pop(handoff, None)
-        if self._pulls.pop(handoff, None) is not None:
-            self._pulled.append(handoff)
+        pull = self._ended(handoff)
+        if pull is None:
+            return
+        stream = self._streams.get(handoff)
+        if stream is not None:
+            stream.pulled()
+            if self._next_piece(handoff, stream) or (pull.early and not self._handoffs[handoff].moving):
+                return
+            self._end_stream(handoff)
+        self._pulled.append(handoff)
 
     def pull_failed(self, handoff: int, reason: str = "") -> None:
         """Copying has ended without success, and nothing of it can land any more. The manager is told why; it has the pull tried again,
-        which then is in the list once more, or aborts the handoff."""
-        self._copying.pop(handoff, None)
-        pull = self._pulls.pop(handoff, None)
-        if pull is not None:
+        which then is in the list once more, or aborts the handoff. If it was early, the handoff is streamed no further: it is pulled once
+        it moves."""
+        pull = self._ended(handoff)
+        if pull is None:
+            return
+        self._end_stream(handoff)
+        if not pull.early:
             self._failed[handoff] = pull, reason[:REASON_MAX]
             self._unreported[handoff] = None
+        elif (move := self._handoffs[handoff]).moving:
+            self._start_pull(handoff, move.moved_at, self.tables.pages_of(move.sequence), self.tables.length(move.sequence))
+
+    def _ended(self, handoff: int) -> Pull | None:
+        """The pull that has ended; None if something else is wanted by now, or nothing."""
+        self._copying.pop(handoff, None)
+        begun, pull = self._begun.pop(handoff, None), self._pulls.get(handoff)
+        if pull is None or (begun is not None and not _same(begun, pull)):
+            return None
+        return self._pulls.pop(handoff)
+
+    # --- streaming -----------------------------------------------------------------------------------------------------------
+
+    def streaming(self) -> list[int]:
+        """Sequences of the step to run now that others pull while it runs: tell them how far it is, by `layers_written`."""
+        return [each for each in self._step_ids if each in self._streaming and each not in self._broken] if self._streaming else []
+
+    def layers_written(self, version: int, sequences: Iterable[int], layers: int) -> None:
+        """The first `layers` layers of these sequences of step `version`, which is running, are in their pages, so that another process can
+        read them there. It goes out with the next acknowledgement; a hint that may as well be left out."""
+        if version != self.step:
+            raise StaleStep(version, self.acked)
+        streaming = self.streaming()
+        for sequence in sequences:
+            if sequence in streaming:
+                self._layers[self._streaming[sequence]] = self.tables.length(sequence), layers
+
+    def _begin_stream(self, handoff: int) -> None:
+        move = self._handoffs[handoff]
+        move.streaming = True
+        if self.tables.pool_of(move.sequence) == self.pool:
+            self._streaming[move.sequence] = handoff
+        elif move.target == self.pool and self._puller(move) in move.sources:
+            size, shared = self.page_size, len(move.shared)
+            self._streams[handoff] = Stream(shared * size, (shared + len(move.fresh)) * size)
+            self._streamed[move.sequence] = handoff
+
+    def _end_stream(self, handoff: int) -> None:
+        self._streams.pop(handoff, None)
+        self._streamed.pop(self._handoffs[handoff].sequence, None)
+
+    def _next_piece(self, handoff: int, stream: Stream) -> bool:
+        """Whether there is something to pull of a streamed handoff; the next piece is in the list, unless one of it is being pulled."""
+        pull = self._pulls.get(handoff)
+        if pull is not None and handoff in self._begun and stream.piece is not None and _same(self._begun[handoff], pull):
+            return True
+        move, piece = self._handoffs[handoff], stream.advance()
+        self._pulls.pop(handoff, None)
+        if piece is None:
+            return False
+        version = move.moved_at if move.moving else self.version + 1
+        pull = self._pull(handoff, move, version, self.tables.pages_of(move.sequence), piece)
+        if pull is not None:
+            self._pulls[handoff] = pull
+        return pull is not None
+
+    def _on_reserved(self, event: ev.HandoffReserved) -> None:
+        move = self._handoffs[event.handoff]
+        move.shared, move.fresh = event.shared, event.fresh
+
+    def _on_streaming(self, event: ev.HandoffStreaming) -> None:
+        move = self._handoffs[event.handoff]
+        move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
+        self._begin_stream(event.handoff)
+
+    def _on_written(self, event: ev.SequencesWritten) -> None:
+        if self._streamed:
+            for sequence, tokens in zip(event.ids.tolist(), event.tokens.tolist(), strict=True):
+                stream = self._stream_from(self._streamed.get(sequence, 0), event.worker)
+                if stream is not None:
+                    stream.note_written(tokens)
+                    self._next_piece(self._streamed[sequence], stream)
+
+    def _on_layers(self, event: ev.LayersWritten) -> None:
+        for handoff, tokens, layers in zip(event.handoffs.tolist(), event.tokens.tolist(), event.layers.tolist(), strict=True):
+            stream = self._stream_from(handoff, event.worker)
+            if stream is not None:
+                stream.note_layers(tokens, layers)
+                self._next_piece(handoff, stream)
+
+    def _stream_from(self, handoff: int, worker: int) -> Stream | None:
+        """The stream of a handoff that this worker pulls from that one, if it does not move yet."""
+        stream = self._streams.get(handoff)
+        if stream is None or (move := self._handoffs[handoff]).moving or move.sources.get(self._puller(move)) != worker:
+            return None
+        return stream
+
+    def _move_stream(self, handoff: int, move: _Moving, before: np.ndarray, length: int) -> None:
+        """The handoff moves: what was pulled early counts, if it lies in pages where the sequence's table has them now."""
+        stream, size = self._streams[handoff], self.page_size
+        table = np.concatenate([move.shared, move.fresh])
+        shared, stop = len(move.shared), div_ceil(max(stream.part, stream.piece.stop if stream.piece is not None else 0), size)
+        start = min(shared * size, length)
+        if shared * size >= stream.start and np.array_equal(table[shared:stop], before[shared:stop]):
+            stream.shared(start)
+            stream.limit = length
+        else:
+            stream = self._streams[handoff] = Stream(start, length)
+        stream.note_written(length)
+        if not self._next_piece(handoff, stream):
+            self._end_stream(handoff)
+            self._start_pull(handoff, move.moved_at, self.tables.pages_of(move.sequence), length, length)
 
     # --- acknowledging -------------------------------------------------------------------------------------------------------
 
@@ -332,7 +471,7 @@ class Replica:
         self._check_life()
         version = self.version - 1 if self.step or self._copies is not None else self.version
         # A pull in progress writes into this pool and reads another: nothing newer than its beginning is finished.
-        begun = [*(pull.version for pull in self._pulls.values()), *self._copying.values()]
+        begun = [*(pull.version for pull in self._pulls.values() if not pull.early), *self._copying.values()]
         version = min(version, *(each - 1 for each in begun)) if begun else version
         size, reported, handing = self.page_size if self._written else 1, self._reported, self._handing
         ids = [
@@ -340,7 +479,7 @@ class Replica:
             for each, tokens in self._written.items()
             if tokens // size > reported.get(each, 0) // size or (each in handing and tokens > reported.get(each, 0))
         ]
-        if not ids and not self._pulled and not self._unreported and not (self._owed and version > self.acked):
+        if not ids and not self._pulled and not self._unreported and not self._layers and not (self._owed and version > self.acked):
             return None
         self._owed = version < self.version
         self.acked = max(self.acked, version)
@@ -349,8 +488,9 @@ class Replica:
         pulled, self._pulled = self._pulled, []
         failed = [(each, self._failed[each][0].attempt, self._failed[each][1]) for each in self._unreported]
         self._unreported = {}
-        as_of = max(self.acked, self.version) if ids else 0
-        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch, as_of, failed)
+        layers, self._layers = [(each, *how_far) for each, how_far in self._layers.items()], {}
+        as_of = max(self.acked, self.version) if ids or layers else 0
+        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch, as_of, failed, layers)
 
     def renewal(self) -> AckContent:
         """An acknowledgement for the lease's sake, whether or not it helps anybody else."""
@@ -449,10 +589,23 @@ class Replica:
     def _on_publish(self, event: ev.PagesPublished) -> None:
         # The swapped copies, if any, are free once acknowledged.
         self._owed |= self.tables.pool_of(event.sequence) == self.pool
+        streamed = self._streamed.get(event.sequence, 0)
+        if streamed:
+            self._cut_stream(streamed, event)
         self.tables.swap(event.sequence, event.first, event.pages)
+        if streamed:
+            self._next_piece(streamed, self._streams[streamed])
+
+    def _cut_stream(self, handoff: int, event: ev.PagesPublished) -> None:
+        """Pages that were swapped may be somebody else's before they have been copied."""
+        stream, move = self._streams[handoff], self._handoffs[handoff]
+        before = self.tables.pages_of(event.sequence)[event.first : event.first + len(event.pages)]
+        if not move.moving and (swapped := np.flatnonzero(before != event.pages)).size:
+            stream.cut((event.first + int(swapped[0])) * self.pools[move.source].page_size)
+            self._pulls.pop(handoff, None)
 
     def _forget(self, sequence: int) -> None:
-        for table in (self._written, self._reported, self._handing, self._broken, self._after_copies):
+        for table in (self._written, self._reported, self._handing, self._broken, self._after_copies, self._streaming):
             table.pop(sequence, None)
 
     def _on_close(self, event: ev.SequenceClosed) -> None:
@@ -474,21 +627,32 @@ class Replica:
             self._handing[event.sequence] = None
             self._reported.pop(event.sequence, None)  # what was said about another version may not have counted: say it all again
 
-    def _start_pull(self, handoff: int, version: int, source_pages: np.ndarray, length: int) -> None:
+    def _start_pull(self, handoff: int, version: int, source_pages: np.ndarray, length: int, first: int = 0) -> None:
+        """List the pull of everything from token `first` on that the pool does not share."""
         move = self._handoffs[handoff]
-        if move.target != self.pool:
-            return
+        if move.target == self.pool:
+            piece = Piece(max(first, len(move.shared) * self.page_size), length)
+            if (pull := self._pull(handoff, move, version, source_pages, piece)) is not None:
+                self._pulls[handoff] = pull
+
+    def _pull(self, handoff: int, move: _Moving, version: int, source_pages: np.ndarray, piece: Piece) -> Pull | None:
+        """The pull of a piece, which begins with a page here; None if its source is gone: the abort is on its way."""
         own = self._puller(move)
         peer = self.peers.get(move.sources.get(own, 0))
         if peer is None:
-            return  # the abort is on its way
+            return None
         theirs, ours, shared = self.pools[move.source].page_size, self.page_size, len(move.shared)
-        start, used = shared * ours, div_ceil(length, ours)  # pages reserved beyond the length hold nothing
-        pages = source_pages[start // theirs : div_ceil(length, theirs)].copy(), move.fresh[: used - shared]
-        skip, attempt = start % theirs if start < length else 0, move.tries.get(own, 0)
-        self._pulls[handoff] = Pull(
-            handoff, move.sequence, version, peer, *pages, shared, theirs, ours, max(length - start, 0), skip, attempt
-        )
+        there, used = piece.first // ours, div_ceil(piece.stop, ours)  # pages reserved beyond the length hold nothing
+        start = there * ours
+        pages = source_pages[start // theirs : div_ceil(piece.stop, theirs)].copy(), move.fresh[there - shared : max(used, shared) - shared]
+        tokens = max(piece.stop - start, 0) if piece.first < piece.stop else 0
+        if not tokens:
+            pages = NO_PAGES, NO_PAGES
+        skip, attempt = start % theirs if tokens else 0, move.tries.get(own, 0)
+        return Pull(
+            handoff, move.sequence, version, peer, *pages, there, theirs, ours, tokens, skip, attempt,
+            piece.first_layer, piece.end_layer, not move.moving,
+        )  # fmt: skip
 
     def _puller(self, move: _Moving) -> int:
         """This worker, as one that pulls for a handoff; the first of them if it does not know its id."""
@@ -496,9 +660,14 @@ class Replica:
 
     def _on_moving(self, event: ev.HandoffMoving) -> None:
         move = self._handoffs[event.handoff]
-        move.shared, move.fresh, move.moving = event.shared, event.fresh, True
+        before = np.concatenate([move.shared, move.fresh])
+        move.shared, move.fresh, move.moving, move.moved_at = event.shared, event.fresh, True, self.version + 1
         move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
-        self._start_pull(event.handoff, self.version + 1, self.tables.pages_of(move.sequence), self.tables.length(move.sequence))
+        length = self.tables.length(move.sequence)
+        if event.handoff in self._streams:
+            self._move_stream(event.handoff, move, before, length)
+        else:
+            self._start_pull(event.handoff, move.moved_at, self.tables.pages_of(move.sequence), length)
 
     def _on_failed(self, event: ev.HandoffFailed) -> None:
         """The manager has the pull tried again, if it is this worker's."""
@@ -506,6 +675,7 @@ class Replica:
         move.sources[event.worker], move.tries[event.worker] = event.source, event.attempt + 1
         if move.target != self.pool or self._puller(move) != event.worker:
             return
+        self._end_stream(event.handoff)
         self._failed.pop(event.handoff, None)
         self._unreported.pop(event.handoff, None)
         if event.handoff in self._copying and event.handoff in self._pulls:
@@ -515,6 +685,7 @@ class Replica:
         self._start_pull(event.handoff, self.version + 1, self.tables.pages_of(move.sequence), self.tables.length(move.sequence))
 
     def _on_resident(self, event: ev.HandoffResident) -> None:
+        self._end_stream(event.handoff)
         move = self._handoffs.pop(event.handoff)
         self._pulls.pop(event.handoff, None)  # a replica that has not been told its id lists what another life of its worker has pulled
         self._owed |= move.source == self.pool
@@ -525,10 +696,14 @@ class Replica:
             self._written[move.sequence] = self._reported[move.sequence] = length
 
     def _on_abort(self, event: ev.HandoffAborted) -> None:
-        move = self._handoffs.pop(event.handoff, None)
+        move = self._handoffs.get(event.handoff)
         if move is not None:
-            self._owed |= move.moving and move.target == self.pool
+            self._end_stream(event.handoff)
+            del self._handoffs[event.handoff]
+            self._owed |= (move.moving or len(move.fresh) > 0) and move.target == self.pool
             self._handing.pop(move.sequence, None)
+            self._streaming.pop(move.sequence, None)
+            self._layers.pop(event.handoff, None)
         self._pulls.pop(event.handoff, None)
         self._failed.pop(event.handoff, None)
         self._unreported.pop(event.handoff, None)
@@ -548,14 +723,27 @@ class Replica:
         if event.state == HandoffState.ABORTED:
             return
         pages = event.target_pages
-        move = _Moving(event.sequence, event.source, event.target, pages[: event.target_shared], pages[event.target_shared :])
+        move = _Moving(event.sequence, event.source, event.target, pages[: event.target_fresh], pages[event.target_fresh :])
         self._handoffs[event.handoff] = move
         if event.state == HandoffState.MOVING:
-            move.moving = True
+            move.moving, move.moved_at = True, event.version
             move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
             move.tries = dict(zip(event.pullers.tolist(), event.failures.tolist(), strict=True))
             if self.worker not in event.pulled:
                 self._start_pull(event.handoff, event.version, event.source_pages, event.length)
+        elif event.streaming:
+            move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
+            self._begin_stream(event.handoff)
+
+
+def _same(one: Pull, other: Pull) -> bool:
+    """Whether both copy the same, of whichever rank and in whichever try."""
+    return (one.shared_pages, one.tokens, one.first_layer, one.end_layer) == (
+        other.shared_pages,
+        other.tokens,
+        other.first_layer,
+        other.end_layer,
+    ) and (np.array_equal(one.target_pages, other.target_pages) and np.array_equal(one.source_pages, other.source_pages))
 
 
 _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
@@ -576,6 +764,10 @@ _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
     ev.PagesPublished: Replica._on_publish,
     ev.SequenceClosed: Replica._on_close,
     ev.HandoffBegun: Replica._on_begun,
+    ev.HandoffReserved: Replica._on_reserved,
+    ev.HandoffStreaming: Replica._on_streaming,
+    ev.SequencesWritten: Replica._on_written,
+    ev.LayersWritten: Replica._on_layers,
     ev.HandoffMoving: Replica._on_moving,
     ev.HandoffFailed: Replica._on_failed,
     ev.HandoffResident: Replica._on_resident,

@@ -24,6 +24,7 @@ from kvmanager.machine.state import State
 from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.pool import Pool
 from kvmanager.simulator.hunt import Outcome, live
+from kvmanager.worker import replica as replica_module
 from kvmanager.worker.replica import AckContent, Replica
 from tests.control.test_planted_bugs import PLANTS as STATE_MACHINE_PLANTS
 
@@ -158,10 +159,22 @@ def pull_in_progress_not_waited_for(patch: pytest.MonkeyPatch) -> None:
 
 
 @plant
+def early_pull_in_progress_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """Reserved pages are let go of, by an abort or because they are shared meanwhile, while an early pull writes them."""
+    honest = Replica.begin_pull
+
+    def begin_pull(self: Replica, handoff: int) -> None:
+        early = self._pulls[handoff].early
+        honest(self, handoff)
+        if early:
+            del self._copying[handoff]
+
+    patch.setattr(Replica, "begin_pull", begin_pull)
+
+
+@plant
 def published_pages_not_swapped(patch: pytest.MonkeyPatch) -> None:
     """The replica goes on with the copy that is to be freed."""
-    from kvmanager.worker import replica as replica_module
-
     patch.setitem(replica_module._HANDLERS, replica_module.ev.PagesPublished, lambda self, event: None)
 
 

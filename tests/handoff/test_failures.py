@@ -209,6 +209,65 @@ def test_source_is_stopped(make_fleet: MakeFleet, when: str) -> None:
     fleet.at_rest()
 
 
+def streaming(fleet: Fleet, group: str = "") -> tuple[int, int]:
+    """(sequence, handoff): half of it is written, and D's worker is in the middle of pulling that; nothing is sealed."""
+    fleet.shut("D0", "pull.1")
+    sequence = fleet.open("P", LENGTH, chunk=2 * PAGE)
+    handoff = fleet.kv.hand_off(sequence, "" if group else "D", group=group, reserve=True, stream=True)
+    fleet.reached("D0", "pull.1")
+    assert fleet.handoff_state(handoff) == "prefilling"
+    return sequence, handoff
+
+
+def compute_the_rest(fleet: Fleet, sequence: int) -> None:
+    def grown() -> bool:
+        try:
+            fleet.kv.grow(sequence, LENGTH - 2 * PAGE)
+        except OutOfPages:  # after a restart, until everybody has heard of it
+            return False
+        return True
+
+    fleet.until(grown, "the rest is computed")
+
+
+@pytest.mark.parametrize("what", ["prefill-worker-killed", "decode-worker-killed", "manager-killed", "aborted", "nothing"])
+def test_streamed_handoff(make_fleet: MakeFleet, what: str) -> None:
+    """Reserved pages that an early pull writes are nobody's until it has ended; and what was pulled early is what was written."""
+    fleet = make_fleet(P=24, P2=24, D=24, E=24)
+    sequence, handoff = streaming(fleet, "decode" if what == "decode-worker-killed" else "")
+    if what == "prefill-worker-killed":
+        known = fleet.kill("P0")
+        assert fleet.hear(sequence, "aborted", known).code == "lost"
+        fleet.hear(sequence, "lost", known)
+    elif what == "decode-worker-killed":
+        known = fleet.kill("D0")
+        assert fleet.hear(sequence, "aborted", known).handoff == handoff
+        assert fleet.hear(sequence, "moving", known).reason == "E"
+        compute_the_rest(fleet, sequence)
+        fleet.hear(sequence, "resident")
+        fleet.check(sequence, "E")
+    elif what == "aborted":
+        fleet.kv.abort(handoff)
+        assert fleet.hear(sequence, "aborted", time.monotonic()).code == "asked"
+    elif what == "manager-killed":
+        fleet.kill_manager()
+    if what in ("prefill-worker-killed", "aborted"):
+        for _ in range(10):
+            fleet.turn()
+            assert fleet.kv.stats()["pools"]["D"]["pages"]["quarantined"] >= 4
+        fleet.open_gate("D0", "pull.1")
+        if what == "aborted":
+            compute_the_rest(fleet, sequence)
+            fleet.check(sequence, "P")
+        again(fleet, "P2", "D")
+    elif what != "decode-worker-killed":
+        fleet.open_gate("D0", "pull.1")
+        compute_the_rest(fleet, sequence)
+        fleet.hear(sequence, "resident")
+        fleet.check(sequence, "D")
+    fleet.at_rest()
+
+
 @pytest.mark.parametrize("when", ["after-the-abort", "twice", "of-an-older-handoff"])
 def test_completion_comes_late(make_fleet: MakeFleet, when: str) -> None:
     fleet = make_fleet(P=24, D=24)

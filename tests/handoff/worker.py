@@ -112,7 +112,8 @@ class Worker:
             if error:
                 self.replica.pull_failed(pull.handoff, error)
             else:
-                self.done[pull.sequence] = pull.shared_pages * self.page_size + pull.tokens
+                there = pull.shared_pages * self.page_size + pull.tokens  # so far, if it is streamed
+                self.done[pull.sequence] = max(there, self.done.get(pull.sequence, 0))
                 self.replica.pulled(pull.handoff)
 
     def copy(self, pull: Pull, stop: threading.Event) -> None:

@@ -15,14 +15,16 @@ from kvmanager.simulator.registry import action, draws, follows, heals
 def hand_off(driver: Any) -> dict[str, Any]:
     rng, rate = driver.rng, driver.drawn("hand_off rate", 0.02, 0.1, 0.3)
     reserving, grouped = driver.drawn("reserving handoffs", 0, 0.3, 1), driver.drawn("handoffs to a group", 0, 0.3, 1)
+    streaming = driver.drawn("streamed handoffs", 0, 0.5, 1)
     drawn: list[Any] = []
     for each in driver.model.texts:
         if rng.random() < rate:
             reserve, pool = rng.random() < reserving, rng.choice(driver.config.pools).name
+            stream = reserve and rng.random() < streaming
             if rng.random() < grouped:
-                drawn.append(HandOff(each, group=rng.choice(("default", "*")), reserve=reserve))
+                drawn.append(HandOff(each, group=rng.choice(("default", "*")), reserve=reserve, stream=stream))
             else:
-                drawn.append(HandOff(each, pool, reserve=reserve) if reserve else (each, pool))
+                drawn.append(HandOff(each, pool, reserve=reserve, stream=stream) if reserve else (each, pool))
     return {"hand_off": drawn}
 
 
@@ -98,6 +100,31 @@ def reserved(model: Model, event: ev.HandoffReserved, turn: Turn) -> None:
     move.target_pages, move.fresh = shared + fresh, len(shared)
 
 
+@follows(ev.HandoffStreaming)
+def streaming(model: Model, event: ev.HandoffStreaming, turn: Turn) -> None:
+    move, what = model.moves[event.handoff], f"handoff {event.handoff}"
+    demand(move.state == "prefilling" and not move.streaming, f"{what} is streamed while {move.state}")
+    move.streaming = True
+    _check_pullers(model, move, event.pullers.tolist(), event.sources.tolist())
+
+
+@follows(ev.LayersWritten)
+def layers_written(model: Model, event: ev.LayersWritten, turn: Turn) -> None:
+    for handoff, tokens in zip(event.handoffs.tolist(), event.tokens.tolist(), strict=True):
+        move = model.moves[handoff]
+        demand(move.streaming and move.state == "prefilling", f"handoff {handoff}: layers written while {move.state}")
+        demand(model.workers[event.worker].pool == move.source, f"handoff {handoff}: layers written by {event.worker} of another pool")
+        demand(tokens <= model.texts[move.sequence].length, f"handoff {handoff}: layers of {tokens} tokens written")
+        model.seen["layers_written"] += 1
+
+
+def _check_pullers(model: Model, move: Move, pullers: list[int], sources: list[int]) -> None:
+    crew, there = [worker.worker for worker in model.crew(move.target)], [worker.worker for worker in model.crew(move.source)]
+    demand(pullers == crew and all(each in there for each in sources), f"handoff {move.handoff}: {pullers} pull from {sources}")
+    most = max((sources.count(each) for each in there), default=0)
+    demand(most <= -(-len(crew) // max(len(there), 1)), f"handoff {move.handoff}: {most} of {len(crew)} workers pull from one")
+
+
 @follows(ev.HandoffSealed)
 def sealed(model: Model, event: ev.HandoffSealed, turn: Turn) -> None:
     move = model.moves[event.handoff]
@@ -126,18 +153,17 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
     demand(shared == run, f"handoff {event.handoff}: shared pages {shared}, the model finds {run}")
     demand(len(shared) + len(fresh) == len(text.pages), f"handoff {event.handoff}: {len(shared) + len(fresh)} of {len(text.pages)} pages")
     model.check_content(move.target, shared, text.stamps[: len(shared) * PAGE], f"handoff {event.handoff}")
-    own = move.target_pages[move.fresh :]
-    demand(fresh[:kept] == own[:kept] and kept == min(len(own), len(fresh)), f"handoff {event.handoff}: keeps {fresh[:kept]} of {own}")
+    own, skipped = move.target_pages[move.fresh :], event.skipped
+    demand(skipped == min(max(len(shared) - move.fresh, 0), len(own)), f"handoff {event.handoff}: skips {skipped} of {own}")
+    left = own[skipped:]
+    demand(fresh[:kept] == left[:kept] and kept == min(len(left), len(fresh)), f"handoff {event.handoff}: keeps {fresh[:kept]} of {own}")
     model.take(move.target, fresh[kept:], f"handoff {event.handoff}")
-    unused = move.target_pages[: move.fresh] + own[kept:]
+    unused = move.target_pages[: move.fresh] + own[:skipped] + left[kept:]
     move.state, move.source_pages, move.target_pages, move.fresh = "moving", list(text.pages), shared + fresh, len(shared)
     move.flushed = False
     model.let_go(move.target, unused)
     pullers, sources = event.pullers.tolist(), event.sources.tolist()
-    crew, there = [worker.worker for worker in model.crew(move.target)], [worker.worker for worker in model.crew(move.source)]
-    demand(pullers == crew and all(each in there for each in sources), f"handoff {event.handoff}: {pullers} pull from {sources}")
-    most = max((sources.count(each) for each in there), default=0)
-    demand(most <= -(-len(crew) // max(len(there), 1)), f"handoff {event.handoff}: {most} of {len(crew)} workers pull from one")
+    _check_pullers(model, move, pullers, sources)
     for puller, source in zip(pullers, sources, strict=True):
         todo = [
             (text.pages[place], page, text.stamps[place * PAGE : min((place + 1) * PAGE, text.length)])
@@ -147,6 +173,8 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
         model.workers[puller].pulls[event.handoff] = Pull(event.handoff, move.source, model.workers[source].memory, todo, whole=list(todo))
     model.seen["moving_shared"] += bool(shared)
     model.seen["moving_reserved"] += bool(kept)
+    model.seen["moving_streamed"] += move.streaming
+    model.seen["moving_with_early_pulls"] += any(event.handoff in worker.early for worker in model.crew(move.target))
 
 
 @follows(ev.HandoffFailed)
@@ -208,6 +236,7 @@ def aborted(model: Model, event: ev.HandoffAborted, turn: Turn) -> None:
     else:
         del model.moves[event.handoff]
         model.seen["aborted_reserved"] += bool(move.target_pages)
+        model.seen["aborted_with_early_pulls"] += any(event.handoff in worker.early for worker in model.workers.values())
         model.let_go(move.target, move.target_pages)
     model.tell(text.owner, "aborted", move.sequence, event.handoff)
 
