@@ -147,7 +147,16 @@ def attend_sequence(
         out[begin:end] = (probability.flatten(0, 1) @ part[:, :rank]).unflatten(0, (end - begin, heads)).to(out.dtype)
 
 
-def attend_selected(pages: Tensor, q: Tensor, indices: Tensor, scale: float, out: Tensor, lse: Tensor, stored_scale: float = 1.0) -> None:
+def attend_selected(
+    pages: Tensor,
+    q: Tensor,
+    indices: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    stored_scale: float = 1.0,
+    sink: Tensor | None = None,
+) -> None:
     """Attention of each query token q [num_tokens, heads, entry] to the slots indices [num_tokens, topk] alone; slots out of range are left out."""
     rank, page_size, num_slots = out.shape[-1], pages.shape[1], pages.shape[0] * pages.shape[1]
     for token, chosen in enumerate(indices.long()):
@@ -158,7 +167,10 @@ def attend_selected(pages: Tensor, q: Tensor, indices: Tensor, scale: float, out
         latent = read_latent(_take(pages, kept // page_size, kept % page_size), rank, stored_scale)
         scores = (q[token].float() @ latent.T) * scale
         lse[token] = torch.logsumexp(scores, dim=-1)
-        out[token] = (torch.exp(scores - lse[token, :, None]) @ latent[:, :rank]).to(out.dtype)
+        probability = torch.exp(scores - lse[token, :, None])
+        if sink is not None:
+            probability *= torch.sigmoid(lse[token] - sink)[:, None]
+        out[token] = (probability @ latent[:, :rank]).to(out.dtype)
 
 
 def _take(pages: Tensor, *index: Tensor) -> Tensor:

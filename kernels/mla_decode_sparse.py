@@ -58,6 +58,7 @@ def attend_selected(
     scale: float,
     tile: Tile,
     cut: Cut,
+    sink: Tensor | None = None,
 ) -> None:
     """Attention of each query token to the slots that it lists.
 
@@ -67,6 +68,7 @@ def attend_selected(
                                                   left out; topk contiguous, tokens may be strided. A slot listed twice counts twice
     out          [num_tokens, heads, rank]        dtype of q, contiguous; lse [num_tokens, heads] float32, natural log
     partial_out  [>= cut.partials, block_rows, rank]  float32; partial_lse [>= cut.partials, block_rows]
+    sink         float32 [heads]: out is scaled by exp(lse) / (exp(lse) + exp(sink)); lse stays without it
 
     A token that lists nothing gives 0 and -inf. One launch, two where lists are cut; no allocation, no host sync: safe under graph capture.
     No atomics: the same shapes and inputs give the same bits."""
@@ -87,6 +89,7 @@ def attend_selected(
         lse,
         partial_out,
         partial_lse,
+        sink if sink is not None else lse,
         scale * stored_scale * 1.4426950408889634,  # exp2 inside
         stored_scale,
         num_heads,
@@ -113,6 +116,7 @@ def attend_selected(
         BLOCK_TOKENS=tile.block_tokens,
         BLOCKS=blocks,
         IS_CUT=cut.pieces > 1,
+        HAS_SINK=sink is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -122,12 +126,14 @@ def attend_selected(
             partial_lse,
             out,
             lse,
+            sink if sink is not None else lse,
             num_heads,
             cut.pieces,
             RANK=rank,
             BLOCK_RANK=triton.next_power_of_2(rank),
             BLOCK_ROWS=tile.block_rows,
             BLOCKS=blocks,
+            HAS_SINK=sink is not None,
             num_warps=4 if rank >= 512 else 1,
         )
 
@@ -143,6 +149,7 @@ def _attend_selected_kernel(
     lse_ptr,
     partial_out_ptr,
     partial_lse_ptr,
+    sink_ptr,
     scale_log2,
     stored_scale,
     num_heads,
@@ -169,6 +176,7 @@ def _attend_selected_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCKS: tl.constexpr,
     IS_CUT: tl.constexpr,
+    HAS_SINK: tl.constexpr,
 ):
     block = tl.program_id(0) % BLOCKS  # neighbours read the same latents
     piece = tl.program_id(0) // BLOCKS % pieces
@@ -231,6 +239,9 @@ def _attend_selected_kernel(
         tl.store(partial_out_ptr + row[:, None] * RANK + column[None, :], value, mask=is_value)
         tl.store(partial_lse_ptr + row, norm, mask=is_head)
     else:
+        if HAS_SINK:
+            sink = tl.load(sink_ptr + head, mask=is_head, other=float("-inf"))
+            value = value / (1.0 + tl.exp2((sink - tl.where(seen, norm, 0.0)) * 1.4426950408889634))[:, None]
         row = token * num_heads + head
         tl.store(out_ptr + row[:, None] * RANK + column[None, :], value.to(out_ptr.dtype.element_ty), mask=is_value)
         tl.store(lse_ptr + row, norm, mask=is_head)
@@ -242,12 +253,14 @@ def _merge_selected_kernel(
     partial_lse_ptr,
     out_ptr,
     lse_ptr,
+    sink_ptr,
     num_heads,
     pieces,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    HAS_SINK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token, head = row // num_heads, row % num_heads
@@ -268,5 +281,9 @@ def _merge_selected_kernel(
         top = new_top
     seen = total > 0
     divisor = tl.where(seen, total, 1.0)
-    tl.store(out_ptr + row * RANK + column, (acc / divisor).to(out_ptr.dtype.element_ty), mask=column < RANK)
-    tl.store(lse_ptr + row, tl.where(seen, (top + tl.log2(divisor)) * 0.6931471805599453, float("-inf")))
+    value = acc / divisor
+    norm = tl.where(seen, (top + tl.log2(divisor)) * 0.6931471805599453, float("-inf"))
+    if HAS_SINK:
+        value = value / (1.0 + tl.exp2((tl.load(sink_ptr + head) - tl.where(seen, norm, 0.0)) * 1.4426950408889634))
+    tl.store(out_ptr + row * RANK + column, value.to(out_ptr.dtype.element_ty), mask=column < RANK)
+    tl.store(lse_ptr + row, norm)

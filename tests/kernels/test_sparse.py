@@ -32,7 +32,7 @@ def make_lists(problem: Problem, topk: int, seed: int) -> Tensor:
     return lists
 
 
-def run(problem: Problem, layer: int, lists: Tensor, tile: Tile, num_programs: int) -> tuple[Tensor, Tensor]:
+def run(problem: Problem, layer: int, lists: Tensor, tile: Tile, num_programs: int, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
     layout, q = problem.memory.layout, problem.q[layer]
     cut = cut_lists(*q.shape[:2], lists.shape[1], tile, num_programs)
     rank = layout.kv_lora_rank
@@ -40,7 +40,7 @@ def run(problem: Problem, layer: int, lists: Tensor, tile: Tile, num_programs: i
     partial_out = poisoned((cut.partials, tile.block_rows, rank), torch.float32, "cpu")
     partial_lse = poisoned((cut.partials, tile.block_rows), torch.float32, "cpu")
     stored = view_pages(problem.memory.layer(layer), rank, layout.scale_of(layer))
-    attend_selected(q, stored, lists, out, lse, partial_out, partial_lse, problem.scale, tile, cut)
+    attend_selected(q, stored, lists, out, lse, partial_out, partial_lse, problem.scale, tile, cut, sink)
     return out, lse
 
 
@@ -60,6 +60,23 @@ def test_listed_slots_and_no_others_are_attended_to(layout: LatentLayout, heads:
             want = reference.attend(problem.q[1, token : token + 1], latent, rank, problem.scale, causal=False)
             assert_close(out[token : token + 1], lse[token : token + 1], *want)
         assert (out[1] == 0).all() and torch.isneginf(lse[1]).all()
+
+
+def test_sink_scales_the_output_and_leaves_lse() -> None:
+    """Infinite ones too, and a token that lists nothing; whole lists and lists in pieces."""
+    layout, heads = LAYOUTS[1], 5
+    problem = make_problem(layout, [100, 40, 7, 90, 64], [1] * 5, heads, seed=1, written=True)
+    lists = make_lists(problem, 70, seed=2)
+    sink = torch.tensor([0.0, float("-inf"), float("inf"), 2.0, -1.0])
+    for num_programs in (1, 40):
+        tile = Tile(16, 16, 4, 1, 1)
+        out, lse = run(problem, 1, lists, tile, num_programs, sink)
+        plain, plain_lse = run(problem, 1, lists, tile, num_programs)
+        assert torch.equal(lse, plain_lse) and not out[1].any() and not out[:, 2].any() and torch.equal(out[:, 1], plain[:, 1])
+        for token in (0, 2, 3, 4):
+            latent = reference.read_latent(reference.select(problem.memory.layer(1), lists[token]), layout.kv_lora_rank, 1.0)
+            want = reference.attend(problem.q[1, token : token + 1], latent, layout.kv_lora_rank, problem.scale, causal=False, sink=sink)
+            assert_close(out[token : token + 1], lse[token : token + 1], *want)
 
 
 @pytest.mark.parametrize(
