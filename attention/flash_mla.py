@@ -5,7 +5,8 @@
         out, lse = flash_mla_with_kvcache(q, cache[layer], block_table, cache_seqlens, 512, tile_scheduler_metadata, num_splits, causal=True)
 
 Signatures, shapes and the +inf LSE of rows that see nothing are FlashMLA's. Beyond it: any entry and page size, fp16 and fp32, every
-CUDA architecture that Triton serves, attn_sink for dense attention, CPU tensors. Refused by name: fp8 caches and sparse indices.
+CUDA architecture that Triton serves, attn_sink for dense attention, CPU tensors; indices over caches of q's dtype. Refused by name: an fp8
+cache without indices, and the extra cache beside indices.
 Lengths are never read back: the schedule is made on the device by the first call of a metadata object, so calls can be captured.
 """
 
@@ -19,7 +20,15 @@ import torch
 from torch import Tensor
 
 from kvmanager.attention import torch_path
-from kvmanager.attention.layout import DIM_MULTIPLE, KV_LORA_RANK_MAX, QK_ROPE_HEAD_DIM_MAX, LatentLayout, check_page_size
+from kvmanager.attention.layout import (
+    DIM_MULTIPLE,
+    DS_MLA_BYTES,
+    DS_MLA_DIMS,
+    KV_LORA_RANK_MAX,
+    QK_ROPE_HEAD_DIM_MAX,
+    LatentLayout,
+    check_page_size,
+)
 from kvmanager.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -29,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+_BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 
 
 class _Config(NamedTuple):
@@ -45,6 +56,8 @@ class _Config(NamedTuple):
     device: torch.device
     causal: bool
     table_stride: int
+    is_fp8_kvcache: bool
+    topk: int | None
 
 
 @dataclass(slots=True)
@@ -89,7 +102,7 @@ def flash_mla_with_kvcache(
     topk_length: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a few query tokens a sequence over paged latents.
+    """Attention of a few query tokens a sequence over paged latents: all of a sequence's, or those that `indices` lists.
 
     q              [batch, query_len, heads, head_dim]          bf16 | fp16 | fp32; head_dim contiguous
     k_cache        [num_pages, page_size, kv_heads, head_dim]   dtype of q; kv_heads divides heads; may be strided
@@ -99,36 +112,47 @@ def flash_mla_with_kvcache(
     softmax_scale  None: head_dim ** -0.5
     causal         query token t sees length - query_len + t + 1 latents; else all
     attn_sink      [heads] float32; out is scaled by exp(lse) / (exp(lse) + exp(attn_sink)), lse is not
+    indices        [batch, query_len, topk] int32; page * page_size + offset of each latent to attend to; all that is no slot is left out. Then
+                   kv_heads is 1, causal False, any page size; block_table and cache_seqlens are not looked at and may be None
+    topk_length    [batch] int32; only so many of each list count, from the left; with indices
+    is_fp8_kvcache k_cache holds bytes (uint8, int8 or float8_e4m3fn) [num_pages, page_size, 1, 656], fp8_ds_mla of LatentLayout; with
+                   indices, for head_dim 576 and head_dim_v 512
 
     Gives out [batch, query_len, heads, head_dim_v] of q's dtype and lse [batch, heads, query_len], float32, natural log.
     InvalidValue names the argument that is out of place. On a CUDA device lengths and table entries cannot be checked."""
     unsupported = {
-        "indices": indices,
         "extra_k_cache": extra_k_cache,
         "extra_indices_in_kvcache": extra_indices_in_kvcache,
-        "topk_length": topk_length,
         "extra_topk_length": extra_topk_length,
         "num_splits": num_splits,
     }
     for field, value in unsupported.items():
         if value is not None:
-            raise InvalidValue(field, "None (dense attention only)" if field != "num_splits" else "None", type(value).__name__)
-    if is_fp8_kvcache:
-        raise InvalidValue("is_fp8_kvcache", "False (a cache of q's dtype)", is_fp8_kvcache)
+            raise InvalidValue(field, "None", type(value).__name__)
+    if not isinstance(is_fp8_kvcache, bool) or (is_fp8_kvcache and indices is None):
+        raise InvalidValue("is_fp8_kvcache", "False, or True with indices", is_fp8_kvcache)
+    if topk_length is not None and indices is None:
+        raise InvalidValue("topk_length", "None without indices", type(topk_length).__name__)
     if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         got = type(tile_scheduler_metadata).__name__
         raise InvalidValue("tile_scheduler_metadata", "what kvmanager's get_mla_metadata() gave", got)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale) or scale <= 0:
         raise InvalidValue("softmax_scale", "a positive number", softmax_scale)
-    config, table, lengths = _checked(q, k_cache, block_table, cache_seqlens, head_dim_v, causal, attn_sink)
+    _check_query(q, k_cache, head_dim_v, causal, attn_sink, is_fp8_kvcache)
+    if indices is None:
+        config, table, lengths = _checked(q, k_cache, block_table, cache_seqlens, head_dim_v, causal)
+    else:
+        config = _checked_lists(q, k_cache, head_dim_v, causal, is_fp8_kvcache, indices, topk_length)
     meta = tile_scheduler_metadata
     if meta.config is None:
         meta.config, meta.have_initialized = config, True
     elif meta.config != config:
         field = next(name for name in _Config._fields if getattr(meta.config, name) != getattr(config, name))
         raise InvalidValue(field, f"{getattr(meta.config, field)}, as in the first call of this metadata", getattr(config, field))
-    if q.device.type == "cuda":
+    if indices is not None:
+        out, lse = _attend_listed(q, k_cache, indices, topk_length, scale, attn_sink, config)
+    elif q.device.type == "cuda":
         out, lse = _on_device(q, k_cache, table, lengths, scale, attn_sink, meta, config)
     else:
         out, lse = _on_cpu(q, k_cache, table, lengths, scale, attn_sink, config)
@@ -138,24 +162,11 @@ def flash_mla_with_kvcache(
     ).transpose(1, 2).contiguous()
 
 
-def _checked(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor | None,
-    cache_seqlens: Tensor | None,
-    head_dim_v: int,
-    causal: bool,
-    attn_sink: Tensor | None,
-) -> tuple[_Config, Tensor, Tensor]:
+def _check_query(q: Tensor, k_cache: Tensor, head_dim_v: int, causal: bool, attn_sink: Tensor | None, is_fp8: bool) -> None:
+    """What both kinds of attention ask of q and of the dimensions."""
     if q.dim() != 4 or q.dtype not in _DTYPES or q.stride(-1) != 1 or not q.numel():
         raise InvalidValue("q", "bf16, fp16 or fp32 [batch, query_len, heads, head_dim], head_dim contiguous", _words(q))
-    batch, query_len, num_heads, head_dim = q.shape
-    if k_cache.dim() != 4 or k_cache.shape[3] != head_dim or k_cache.dtype != q.dtype or k_cache.stride(3) != 1:
-        raise InvalidValue("k_cache", f"{q.dtype} [num_pages, page_size, kv_heads, {head_dim}], contiguous in the last", _words(k_cache))
-    _, page_size, num_kv_heads, _ = k_cache.shape
-    check_page_size(page_size)
-    if num_heads % num_kv_heads:
-        raise InvalidValue("k_cache", f"a number of heads that divides q's {num_heads}", num_kv_heads)
+    num_heads, head_dim = q.shape[2:]
     if (
         isinstance(head_dim_v, bool)
         or not isinstance(head_dim_v, int)
@@ -167,17 +178,33 @@ def _checked(
     if rope % DIM_MULTIPLE or not 0 < rope <= QK_ROPE_HEAD_DIM_MAX:
         more = f"a multiple of {DIM_MULTIPLE} up to {QK_ROPE_HEAD_DIM_MAX} more than head_dim_v {head_dim_v}"
         raise InvalidValue("q", f"a head_dim of {more}", head_dim)
-    for field, value, shape in (("block_table", block_table, (batch, None)), ("cache_seqlens", cache_seqlens, (batch,))):
-        if value is None or value.dtype != torch.int32 or value.dim() != len(shape) or value.shape[0] != batch or value.stride(-1) != 1:
-            raise InvalidValue(field, f"int32 of {batch} rows, contiguous", "None" if value is None else _words(value))
-    assert block_table is not None and cache_seqlens is not None
-    for field, tensor in (("k_cache", k_cache), ("block_table", block_table), ("cache_seqlens", cache_seqlens), ("attn_sink", attn_sink)):
+    width, dtypes = (DS_MLA_BYTES, _BYTES) if is_fp8 else (head_dim, (q.dtype,))
+    if k_cache.dim() != 4 or k_cache.shape[3] != width or k_cache.dtype not in dtypes or k_cache.stride(3) != 1:
+        kinds = " or ".join(map(str, dtypes))
+        raise InvalidValue("k_cache", f"{kinds} [num_pages, page_size, kv_heads, {width}], contiguous in the last", _words(k_cache))
+    for field, tensor in (("k_cache", k_cache), ("attn_sink", attn_sink)):
         if tensor is not None and tensor.device != q.device:
             raise InvalidValue(field, f"a tensor on {q.device}", f"one on {tensor.device}")
     if attn_sink is not None and (attn_sink.dtype != torch.float32 or tuple(attn_sink.shape) != (num_heads,)):
         raise InvalidValue("attn_sink", f"float32 [{num_heads}]", _words(attn_sink))
     if not isinstance(causal, bool):
         raise InvalidValue("causal", "True or False", causal)
+
+
+def _checked(
+    q: Tensor, k_cache: Tensor, block_table: Tensor | None, cache_seqlens: Tensor | None, head_dim_v: int, causal: bool
+) -> tuple[_Config, Tensor, Tensor]:
+    batch, query_len, num_heads, head_dim = q.shape
+    _, page_size, num_kv_heads, _ = k_cache.shape
+    check_page_size(page_size)
+    if num_heads % num_kv_heads:
+        raise InvalidValue("k_cache", f"a number of heads that divides q's {num_heads}", num_kv_heads)
+    for field, value, shape in (("block_table", block_table, (batch, None)), ("cache_seqlens", cache_seqlens, (batch,))):
+        if value is None or value.dtype != torch.int32 or value.dim() != len(shape) or value.shape[0] != batch or value.stride(-1) != 1:
+            raise InvalidValue(field, f"int32 of {batch} rows, contiguous", "None" if value is None else _words(value))
+        if value.device != q.device:
+            raise InvalidValue(field, f"a tensor on {q.device}", f"one on {value.device}")
+    assert block_table is not None and cache_seqlens is not None
     table_stride = block_table.stride(0) if batch > 1 else block_table.shape[1]
     config = _Config(
         batch,
@@ -191,12 +218,76 @@ def _checked(
         q.device,
         causal and query_len > 1,
         table_stride,
+        False,
+        None,
     )
     return config, block_table, cache_seqlens
 
 
+def _checked_lists(
+    q: Tensor, k_cache: Tensor, head_dim_v: int, causal: bool, is_fp8: bool, indices: Tensor, topk_length: Tensor | None
+) -> _Config:
+    batch, query_len, num_heads, head_dim = q.shape
+    _, page_size, num_kv_heads, _ = k_cache.shape
+    if causal:
+        raise InvalidValue("causal", "False with indices", causal)
+    if num_kv_heads != 1:
+        raise InvalidValue("k_cache", "one KV head with indices", num_kv_heads)
+    if is_fp8 and (head_dim, head_dim_v) != (sum(DS_MLA_DIMS), DS_MLA_DIMS[0]):
+        raise InvalidValue("head_dim_v", "512 of 576 for an fp8 cache", f"{head_dim_v} of {head_dim}")
+    if is_fp8 and q.dtype == torch.float32:
+        raise InvalidValue("q", "bf16 or fp16 for an fp8 cache", _words(q))
+    if is_fp8 and (k_cache.stride(0) % 4 or k_cache.stride(1) % 4 or k_cache.data_ptr() % 4):
+        raise InvalidValue("k_cache", "slots at multiples of 4 bytes", _words(k_cache))
+    if (
+        indices.dtype != torch.int32
+        or indices.dim() != 3
+        or indices.shape[:2] != q.shape[:2]
+        or (indices.numel() and indices.stride(2) != 1)
+    ):
+        raise InvalidValue("indices", f"int32 [{batch}, {query_len}, topk], topk contiguous", _words(indices))
+    if topk_length is not None and (topk_length.dtype != torch.int32 or tuple(topk_length.shape) != (batch,)):
+        raise InvalidValue("topk_length", f"int32 [{batch}]", _words(topk_length))
+    for field, tensor in (("indices", indices), ("topk_length", topk_length)):
+        if tensor is not None and tensor.device != q.device:
+            raise InvalidValue(field, f"a tensor on {q.device}", f"one on {tensor.device}")
+    return _Config(batch, query_len, num_heads, page_size, 1, head_dim, head_dim_v, q.dtype, q.device, False, 0, is_fp8, indices.shape[2])
+
+
 def _words(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()}"
+
+
+def _attend_listed(
+    q: Tensor, k_cache: Tensor, indices: Tensor, topk_length: Tensor | None, scale: float, sink: Tensor | None, config: _Config
+) -> tuple[Tensor, Tensor]:
+    """out [tokens, heads, head_dim_v] and lse [tokens, heads], -inf where a token lists nothing. Lists are cut by the shapes alone."""
+    if topk_length is not None:
+        place = torch.arange(indices.shape[2], device=indices.device)
+        indices = torch.where(place < topk_length[:, None, None], indices, -1)
+    tokens, heads, rank = config.batch * config.query_len, config.num_heads, config.head_dim_v
+    lists, rows = indices.reshape(tokens, -1), q.reshape(tokens, heads, config.head_dim)
+    pages = (k_cache.view(torch.uint8) if config.is_fp8_kvcache else k_cache)[:, :, 0]
+    out = q.new_empty((tokens, heads, rank))
+    lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    if q.device.type != "cuda":
+        torch_path.attend_selected(pages, rows, lists, scale, out, lse, sink=sink)
+        return out, lse
+    from kvmanager.attention.choice import FP8_ARCH_MIN
+    from kvmanager.kernels import mla_decode_sparse
+    from kvmanager.kernels.latent_formats import view_pages
+
+    properties = torch.cuda.get_device_properties(q.device)
+    arch = properties.major * 10 + properties.minor
+    if config.is_fp8_kvcache and arch < FP8_ARCH_MIN:
+        raise InvalidValue("is_fp8_kvcache", f"False on sm_{arch}: eight bits need sm_{FP8_ARCH_MIN}", True)
+    tile = mla_decode_sparse.choose_tile(heads, rank, config.head_dim - rank, pages.dtype, arch)
+    cut = mla_decode_sparse.cut_lists(tokens, heads, lists.shape[1], tile, properties.multi_processor_count * tile.programs_per_sm)
+    partial_out = torch.empty((cut.partials, tile.block_rows, rank), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((cut.partials, tile.block_rows), dtype=torch.float32, device=q.device)
+    stored = view_pages(pages, rank)
+    mla_decode_sparse.attend_selected(rows, stored, lists, out, lse, partial_out, partial_lse, scale, tile, cut, sink)
+    return out, lse
 
 
 def _on_cpu(

@@ -8,7 +8,7 @@ import torch
 
 from kvmanager.compat import flash_mla
 from kvmanager.errors import InvalidValue
-from tests.attention.flash_mla_grid import Case, grid, run
+from tests.attention.flash_mla_grid import Case, grid, listed, run, run_listed
 
 LISTED = [case for batch in (1, 2, 6) for tokens in (1, 2, 4) for case in grid(batch, tokens) if case.length < 4096 and case.heads < 10]
 
@@ -27,6 +27,14 @@ def test_long_sequences_many_heads_and_none_at_all() -> None:
         [Case(2, 4, 4096, 128, 1, True, True), Case(5, 2, 100, 126, 3, True, True, True), Case(9, 4, 3, 64, 8, False, True, True)]
     ):
         run(case, "cpu", seed=seed)
+
+
+def test_part_of_flashmlas_list_of_listed_slots() -> None:
+    """fp8 and q's dtype; pages of 2 to 576 slots, lists shorter than topk, sinks (infinite ones too), rows that list nothing."""
+    cases = [case for case in listed(4) if case.topk == 64]
+    assert len(cases) == 52
+    for seed, case in enumerate(cases):
+        run_listed(case._replace(heads=(1, 5, 16)[seed % 3]), "cpu", seed % 3 > 0, (torch.bfloat16, torch.float16)[seed % 2], seed)
 
 
 def call(**changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,8 +75,15 @@ def test_sink_scales_the_output_and_leaves_lse() -> None:
     torch.testing.assert_close(out[0, 0], plain[0, 0] * torch.sigmoid(lse[0, :, 0] - sink)[:, None])
 
 
+LISTED_CALL = {"indices": torch.zeros(2, 1, 4, dtype=torch.int32), "k_cache": torch.randn(6, 16, 1, 48)}
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    ("indices", {"indices": torch.zeros(2, 1, 4, dtype=torch.int32)}),
+    ("k_cache", {"indices": torch.zeros(2, 1, 4, dtype=torch.int32)}),
+    ("indices", {**LISTED_CALL, "indices": torch.zeros(2, 4, dtype=torch.int32)}),
+    ("indices", {**LISTED_CALL, "indices": torch.zeros(2, 1, 4, dtype=torch.int64)}),
+    ("causal", {**LISTED_CALL, "causal": True}),
+    ("topk_length", {**LISTED_CALL, "topk_length": torch.zeros(2)}),
+    ("k_cache", {**LISTED_CALL, "is_fp8_kvcache": True}),
+    ("head_dim_v", {**LISTED_CALL, "is_fp8_kvcache": True, "k_cache": torch.zeros(6, 16, 1, 656, dtype=torch.uint8)}),
     ("is_fp8_kvcache", {"is_fp8_kvcache": True}),
     ("extra_k_cache", {"extra_k_cache": torch.zeros(1)}),
     ("extra_indices_in_kvcache", {"extra_indices_in_kvcache": torch.zeros(1)}),

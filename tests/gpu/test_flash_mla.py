@@ -5,7 +5,7 @@ import torch
 
 from kvmanager.attention.choice import Choice
 from kvmanager.compat.flash_mla import flash_mla_with_kvcache, get_mla_metadata
-from tests.attention.flash_mla_grid import Case, corners, grid, run
+from tests.attention.flash_mla_grid import Case, corners, grid, listed, run, run_listed
 
 
 @pytest.mark.parametrize("batch", [1, 2, 6, 64])
@@ -20,6 +20,15 @@ def test_corners_of_flashmlas_list() -> None:
     """128 sequences, half of them empty."""
     for seed, case in enumerate(corners()):
         run(case, "cuda", (torch.bfloat16, torch.float16)[seed % 2], seed)
+
+
+@pytest.mark.parametrize("batch", [4, 74])
+def test_list_of_flashmla_of_listed_slots(batch: int) -> None:
+    """head_dim 576, fp8: pages of 2 to 576 slots, lists of 64 to 2,048; few heads and a cache of q's dtype beside them."""
+    for seed, case in enumerate(listed(batch) if batch == 4 else listed(batch)[::9]):
+        run_listed(case, "cuda", seed=seed)
+        if seed % 5 == 0:
+            run_listed(case._replace(heads=(1, 16, 40)[seed % 3]), "cuda", seed % 2 == 0, (torch.bfloat16, torch.float16)[seed % 2], seed)
 
 
 def test_plain_kernel_serves_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
