@@ -160,6 +160,8 @@ def test_rows_that_another_rank_stores_get_no_slots() -> None:
     limits = Limits(max_tokens=8, max_batch=8, max_pages=8)
     plan = make_plan(layout, 4, limits, tables, [1, 1, 1], 4, 1, [True, False, True])
     assert plan.slots.tolist() == [3 * 16 + 4, -1, 0, -1] and plan.lengths.tolist() == [5, 20, 1, 0]
+    several = BatchTables(1, 16, np.array([5, 20, 9], np.int32), tables.page_ids, tables.page_indptr)
+    assert make_plan(layout, 4, limits, several, [1, 2, 2], None, 1, [False, True, False]).slots.tolist() == [-1, 34, 35, -1, -1]
     for bad in ([True, False], [1, 0, 1], True):
         with pytest.raises(InvalidValue, match="stores"):
             make_plan(layout, 4, limits, tables, [1, 1, 1], None, 1, bad)  # type: ignore[arg-type]
