@@ -27,6 +27,7 @@ class EngineConfig:
     page_size      token slots a page, one that the kernels take
     prefill_pages, decode_pages  pages of each worker's pool
     chunk_tokens   prompt tokens a prefill step computes at most
+    stream_layers  prompts go to their decode worker while they are computed, whole chunks and groups of so many layers; 0: once they are
     lease_ms       a worker silent for this long is fenced by the manager
     """
 
@@ -44,6 +45,7 @@ class EngineConfig:
     keep_latents: bool = False
     mixed_workers: int = 0
     devices: tuple[str, ...] = ()
+    stream_layers: int = 0
 
     def __post_init__(self) -> None:
         least = 0 if self.mixed_workers else 1
@@ -91,6 +93,7 @@ class Engine:
                     max_tokens=max(256, config.chunk_tokens),
                     lease_ms=config.lease_ms,
                     keep_logits=config.keep_logits,
+                    stream_layers=config.stream_layers,
                 )
             self.scheduler = Scheduler(
                 self.client,
@@ -100,6 +103,7 @@ class Engine:
                 page_size=config.page_size,
                 chunk_tokens=config.chunk_tokens,
                 keep_latents=config.keep_latents,
+                stream=config.stream_layers > 0,
                 on_event=on_event,
             )
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,13 @@ class LatentModel:
         positions: Tensor | np.ndarray | Sequence[int],
         backend: MLABackend,
         plan: Plan,
+        on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Run one step; gives logits float32 [plan.batch, vocab] of each sequence's last token.
 
         token_ids  int64 [num_tokens]  tokens of this step in the plan's order: decode rows' first
         positions  int64 [num_tokens]  position of each in its sequence, from 0; where a token is stored is the plan's business
+        on_layer   called with the number of layers so far once the kernels of each are launched: on a GPU they need not have run
 
         Raises InvalidValue for ids or positions out of range where they come from the host; tensors on a GPU are taken as they are.
         """
@@ -174,6 +176,8 @@ class LatentModel:
             hidden = hidden + attention(layer.input_layernorm(hidden), rotations, backend, plan, number)
             normed = layer.post_attention_layernorm(hidden)
             hidden = hidden + layer.mlp(normed[None])[0]  # some MLPs insist on [batch, tokens, hidden]
+            if on_layer is not None:
+                on_layer(number + 1)
         if plan.num_prefill:  # in a decode step every token is its sequence's last
             hidden = hidden[torch.from_numpy(plan.query_starts + plan.query_lens - 1).to(self.device, non_blocking=True)]
         return self._head(self._body.norm(hidden)).float()

@@ -30,6 +30,7 @@ class Request:
 
     resume    the stage that it is in again if its handoff comes to nothing
     going     the pool that it is to decode on in
+    streamed  its handoff was asked for while it was computed
     moves     times that its pages have gone to another pool
     length    slots reserved and given to a worker to write, of prompt + generated
     told      token ids that the manager knows
@@ -48,6 +49,7 @@ class Request:
     target: str = ""
     resume: Stage = Stage.WAITING
     going: str = ""
+    streamed: bool = False
     sequence: int = 0
     handoff: int = 0
     length: int = 0
@@ -79,3 +81,4 @@ class Request:
     def restart(self) -> None:
         """Its pages are gone or given up: what was generated stays, and is computed again with the prompt."""
         self.stage, self.pool, self.target, self.sequence, self.handoff, self.length, self.told = Stage.WAITING, "", "", 0, 0, 0, 0
+        self.streamed = False

@@ -17,6 +17,7 @@ from kvmanager import KVClient, Notice, Open, StepReply
 from kvmanager.errors import OutOfPages, OverQuota, PoolDrains, PoolNotReady, PrefixPending, SequenceTooLarge, Unknown, WrongState
 from kvmanager.examples.engine.channel import SchedulerChannel
 from kvmanager.examples.engine.request import Request, Stage
+from kvmanager.machine.commands import HandOff
 
 __all__ = ["PoolState", "Scheduler", "Supervisor", "WorkerNotReady"]
 
@@ -66,6 +67,7 @@ class _Plan:
     close: list[int] = field(default_factory=list)
     tokens: list[tuple[int, list[int]]] = field(default_factory=list)
     hand_off: list[tuple[Request, str]] = field(default_factory=list)
+    stream: set[int] = field(default_factory=set)  # numbers of those of `hand_off` that are streamed
     grow: list[tuple[Request, int]] = field(default_factory=list)
     opens: list[tuple[Request, Open]] = field(default_factory=list)
     fetch: bool = False  # there is news to fetch, even if there is nothing to ask
@@ -77,6 +79,7 @@ class _Plan:
 class Scheduler:
     """client: the manager. channel: the workers. pools: name -> role. chunk_tokens: prompt tokens a prefill step computes at most.
 
+    stream: prompts move to their decode worker while they are computed.
     keep_latents: before a request's pages are closed, fetch what is in them (for comparison with a reference).
     on_event: told in words what an operator would want to know.
     """
@@ -91,11 +94,14 @@ class Scheduler:
         page_size: int,
         chunk_tokens: int = 64,
         keep_latents: bool = False,
+        stream: bool = False,
         on_event: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.client, self.channel, self.supervisor = client, channel, supervisor
         self.pools = {name: PoolState(name, role) for name, role in pools.items()}
         self.page_size, self.chunk_tokens, self.keep_latents, self.on_event = page_size, chunk_tokens, keep_latents, on_event
+        self.stream = stream
+        self.early_pulls = 0  # pieces of prompts that arrived while the rest was computed
         self.requests: list[Request] = []
         self._by_sequence: dict[int, Request] = {}
         self._to_close: list[int] = []
@@ -163,6 +169,7 @@ class Scheduler:
                     self._give_up(request)
             elif message["t"] == "pulled":
                 self._fetch = True
+                self.early_pulls += message.get("early", False)
             elif message["t"] == "latents":
                 if dumped := self._by_sequence.get(message["sequence"]):
                     dumped.latents = (message["shape"], message["data"])
@@ -192,6 +199,8 @@ class Scheduler:
                 prefilled = Stage.DECODING if self.pools[request.pool].does("decode") else Stage.PREFILLED
                 if request.stage is Stage.MOVING:
                     request.resume = prefilled  # the manager had begun to move it in the middle of its prompt
+                elif request.handoff:
+                    request.stage, request.resume = Stage.MOVING, prefilled  # streamed: the rest of it is on its way
                 else:
                     request.stage = prefilled
 
@@ -253,6 +262,10 @@ class Scheduler:
         for request in self.requests:
             if request.stage is Stage.PREFILLED and (target := self._decode_pool()):
                 plan.hand_off.append((request, target))
+            elif self.stream and request.stage is Stage.PREFILLING and not request.streamed and (target := self._decode_pool()):
+                request.streamed = True  # asked once: if there is no room for it now, it goes when it is prefilled
+                plan.hand_off.append((request, target))
+                plan.stream.add(request.number)
             elif request.stage is Stage.DECODING and request.going and not self.pools[request.pool].busy:
                 plan.hand_off.append((request, request.going))
                 request.going = ""
@@ -277,7 +290,8 @@ class Scheduler:
             while budget > 0 and waiting and not pool.draining:
                 request = waiting.pop(0)
                 request.pool = pool.name
-                plan.opens.append((request, Open(request.tokens, pool.name, request.tenant, chunk=budget)))
+                # What is streamed is opened first and computed by the next step, which asks for its handoff too: every layer of it can go.
+                plan.opens.append((request, Open(request.tokens, pool.name, request.tenant, chunk=0 if self.stream else budget)))
                 budget -= min(budget, len(request.tokens))
         return plan
 
@@ -291,7 +305,12 @@ class Scheduler:
         reply = self.client.step(
             close=plan.close,
             tokens=plan.tokens,
-            hand_off=[(request.sequence, target) for request, target in plan.hand_off],
+            hand_off=[
+                HandOff(request.sequence, target, reserve=True, stream=True)
+                if request.number in plan.stream
+                else (request.sequence, target)
+                for request, target in plan.hand_off
+            ],
             grow=[request.sequence for request, _ in plan.grow],
             grow_counts=[count for _, count in plan.grow],
             opens=[each for _, each in plan.opens],
@@ -299,7 +318,9 @@ class Scheduler:
         self._stepped_at = time.monotonic()
         self._starved = False
         for (request, target), handoff in zip(plan.hand_off, reply.handoffs, strict=True):
-            if handoff:
+            if handoff and request.number in plan.stream:
+                request.resume, request.handoff, request.target = Stage.PREFILLING, handoff, target
+            elif handoff:
                 self._moves(request, handoff, target)
         items: dict[str, list[list[Any]]] = {}
         self._dispatch_grown(plan, reply, items)
@@ -328,6 +349,12 @@ class Scheduler:
         item = [request.sequence, request.length, tokens, length == len(request.tokens)]
         request.length = length
         return item
+
+    def _give(self, items: dict[str, list[list[Any]]], request: Request, length: int) -> None:
+        if length > request.length:
+            items.setdefault(request.pool, []).append(self._item(request, length))
+        else:
+            self._hurry = True  # opened, and nothing of it to be computed in this step
 
     def _dispatch_grown(self, plan: _Plan, reply: StepReply, items: dict[str, list[list[Any]]]) -> None:
         starved: dict[str, list[Request]] = {}
@@ -361,7 +388,7 @@ class Scheduler:
                 if not request.generated:
                     request.cached_tokens = opened.cached_tokens
                 self._by_sequence[opened.sequence] = request
-                items.setdefault(request.pool, []).append(self._item(request, opened.length))
+                self._give(items, request, opened.length)
             elif isinstance(error, (OutOfPages, PoolDrains, PoolNotReady, PrefixPending)):
                 if isinstance(error, PoolNotReady):
                     self.supervisor.kill(request.pool)
@@ -391,7 +418,8 @@ class Scheduler:
             request.pages_moved += notice.moved
             request.pages_shared += notice.spared
         elif notice.kind == "aborted":
-            request.stage, request.handoff, request.target = request.resume, 0, ""
+            request.stage = request.resume if request.stage is Stage.MOVING else request.stage
+            request.handoff, request.target = 0, ""
             if notice.code in (SequenceTooLarge.code, OverQuota.code):  # no use in trying again
                 self._end(request, notice.reason)
             elif notice.code in ("pull_failed", "timed_out") and request.resume is Stage.PREFILLED:

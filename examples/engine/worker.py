@@ -46,9 +46,10 @@ class Worker:
         max_batch: int,
         lease_ms: int,
         keep_logits: bool,
+        stream_layers: int = 0,
     ) -> None:
         self.model, self.client, self.channel, self.pool = model, client, channel, pool
-        self.keep_logits = keep_logits
+        self.keep_logits, self.stream_layers = keep_logits, stream_layers
         shape = client.stats()["pools"][pool]
         pages = shape["pages"]["total"]
         self.memory = PageMemory(model.layout(shape["page_size"]), pages, model.device)
@@ -124,7 +125,9 @@ class Worker:
         tables = self.replica.batch(version, [item[0] for item in items])
         plan = self.backend.plan(tables, [len(each) for each in tokens])
         positions = np.concatenate([np.arange(item[1], item[1] + len(each)) for item, each in zip(items, tokens, strict=True)])
-        logits = self.model.forward(np.concatenate(tokens).astype(np.int64), positions, self.backend, plan)
+        progress = LayerProgress(self, version, [item[0] for item in items])
+        logits = self.model.forward(np.concatenate(tokens).astype(np.int64), positions, self.backend, plan, progress.on_layer)
+        progress.wait()
         wanted = [row for row, item in enumerate(items) if item[3]]
         picked = logits[wanted]
         chosen = picked.argmax(-1).tolist()  # waits for the device: from here on the step has been run
@@ -184,10 +187,10 @@ class Worker:
             peer = self.peers.get(pull.peer.worker)
             if peer is None:
                 peer = self.peers[pull.peer.worker] = self.memory.open_peer(msgpack.unpackb(pull.peer.memory))
-            slots: dict[str, Any] = {}
+            options: dict[str, Any] = {"layers": pull.layers(self.memory.layout.num_layers)}
             if pull.source_page_size != pull.target_page_size:
-                slots = {"tokens": pull.tokens, "source_skip": pull.source_skip}
-            transfer = self.memory.begin_pull(peer, pull.source_pages, pull.target_pages, **slots)
+                options |= {"tokens": pull.tokens, "source_skip": pull.source_skip}
+            transfer = self.memory.begin_pull(peer, pull.source_pages, pull.target_pages, **options)
         except (KVError, OSError, RuntimeError) as error:  # the source may have died this moment: that is its end, not ours
             self.pull_failed(pull, error)
         else:
@@ -200,7 +203,7 @@ class Worker:
             return
         self.replica.pulled(pull.handoff)
         self.acknowledge()
-        self.channel.send({"t": "pulled", "handoff": pull.handoff})
+        self.channel.send({"t": "pulled", "handoff": pull.handoff, "early": pull.early})
 
     def pull_failed(self, pull: Pull, error: object) -> None:
         self.replica.pull_failed(pull.handoff, f"pages of {pull.peer.name}: {error}"[:500])
@@ -216,6 +219,48 @@ class Worker:
         self.channel.send({"t": "latents", "sequence": sequence, "data": data, "shape": list(latents.shape)})
 
 
+class LayerProgress:
+    """How far a step's layers are, told to the manager group by group while the later ones are computed, if somebody pulls them already.
+
+    On a GPU an event is recorded behind each group: what a peer may read is what the device has written, not what was launched."""
+
+    def __init__(self, worker: Worker, version: int, sequences: list[int]) -> None:
+        self._worker, self._version = worker, version
+        streaming = worker.replica.streaming() if worker.stream_layers else []
+        self._sequences = [each for each in sequences if each in streaming]
+        self._events: deque[tuple[int, torch.cuda.Event]] = deque()
+
+    def on_layer(self, layers: int) -> None:
+        num_layers = self._worker.memory.layout.num_layers
+        if not self._sequences or layers == num_layers or layers % self._worker.stream_layers:
+            return  # the last group is told with the step
+        if self._worker.memory.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._events.append((layers, event))
+            self._tell(waiting=False)
+        else:
+            self._say(layers)
+
+    def wait(self) -> None:
+        """Everything is launched: tell the rest as the device gets there."""
+        self._tell(waiting=True)
+
+    def _tell(self, waiting: bool) -> None:
+        done = 0
+        while self._events and (waiting or self._events[0][1].query()):
+            done, event = self._events.popleft()
+            event.synchronize()
+            if waiting:
+                self._say(done)
+        if done and not waiting:
+            self._say(done)
+
+    def _say(self, layers: int) -> None:
+        self._worker.replica.layers_written(self._version, self._sequences, layers)
+        self._worker.acknowledge()
+
+
 @click.command(help="A prefill or decode worker of the example engine; started by it.")
 @click.option("--model", required=True, type=click.Path(exists=True, file_okay=False), help="checkpoint directory")
 @click.option("--pool", required=True, help="the manager's pool whose pages this worker holds")
@@ -226,6 +271,7 @@ class Worker:
 @click.option("--max-tokens", default=256, show_default=True, help="tokens of one step")
 @click.option("--max-batch", default=256, show_default=True, help="sequences of one step")
 @click.option("--lease-ms", default=10_000, show_default=True, help="silence after which the manager fences this worker")
+@click.option("--stream-layers", default=0, show_default=True, help="layers after which what is written is told to those who pull already")
 @click.option("--keep-logits", is_flag=True, help="send logits along, for comparison")
 def main(
     model: str,
@@ -238,6 +284,7 @@ def main(
     max_batch: int,
     lease_ms: int,
     keep_logits: bool,
+    stream_layers: int,
 ) -> None:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # kernels are launched on the current device, not on that of their arguments
@@ -247,7 +294,15 @@ def main(
         with KVClient(manager, timeout_ms=30_000, resend_ms=200) as client:
             loaded = LatentModel.load(model, device, getattr(torch, dtype))
             worker = Worker(
-                loaded, client, channel, pool, max_tokens=max_tokens, max_batch=max_batch, lease_ms=lease_ms, keep_logits=keep_logits
+                loaded,
+                client,
+                channel,
+                pool,
+                max_tokens=max_tokens,
+                max_batch=max_batch,
+                lease_ms=lease_ms,
+                keep_logits=keep_logits,
+                stream_layers=stream_layers,
             )
             try:
                 worker.serve()

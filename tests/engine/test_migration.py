@@ -66,3 +66,25 @@ def test_a_drained_worker_leaves_and_nobody_computes_anything_again(checkpoint: 
         assert sum(each.lost + each.preempted for each in requests) == 0
         assert any(each.moves > 1 for each in requests)
         assert_served(engine, checkpoint, requests)
+
+
+@pytest.mark.parametrize("chunk_tokens", [256, 32])
+def test_prompts_that_are_streamed_while_they_are_computed_give_the_same_tokens(checkpoint: Path, chunk_tokens: int) -> None:
+    """In one step, layer by layer, and in chunks; two prompts share a prefix. Pages and text are those of transformers."""
+    config = EngineConfig(checkpoint, page_size=PAGE, chunk_tokens=chunk_tokens, keep_latents=True, stream_layers=1)
+    with Engine(config) as engine:
+        longest = max(prompts(), key=len)
+        requests = [engine.submit(prompt, 12) for prompt in (*prompts(), longest[:PAGE] + longest[:40], longest)]
+        until(engine, requests, lambda: engine.idle)
+        assert all(each.streamed and each.moves == 1 for each in requests)
+        assert engine.scheduler.early_pulls > 0
+        assert sum(each.lost + each.preempted for each in requests) == 0
+        assert_served(engine, checkpoint, requests)
+
+
+def test_a_prompt_that_is_streamed_into_a_full_pool_goes_there_later(checkpoint: Path) -> None:
+    config = EngineConfig(checkpoint, page_size=PAGE, decode_pages=8, chunk_tokens=32, keep_latents=True, stream_layers=1)
+    with Engine(config) as engine:
+        requests = [engine.submit(prompt, 12) for prompt in (*prompts(), *prompts())]
+        until(engine, requests, lambda: engine.idle)
+        assert_served(engine, checkpoint, requests)

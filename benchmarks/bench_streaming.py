@@ -1,0 +1,203 @@
+"""How long after a prompt's last layer its decode worker can go on: streamed while it is computed, or moved once it is.
+
+    python3 benchmarks/bench_streaming.py                       two cards: prefill on the first, decode on the last
+    python3 benchmarks/bench_streaming.py --device cpu --tokens 1024,2048 --chunk 512 --heads 1 --hidden 64
+
+Manager, workers, scheduler and transport are the example engine's; the model is not: layers of DeepSeek-V3's latent width that write, attend and
+multiply as such a model does, with latents whose values say what they are. Each request is a prompt of random ids and
+four generated tokens. Measured on the scheduler's clock: from the first token, which comes with the end of the last layer, to the second, which the
+decode worker computes; beside it a decode step, from the third token to the fourth. The decode worker checks every latent that came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvmanager import KVClient, PoolConfig
+from kvmanager.attention import LatentLayout, MLABackend
+from kvmanager.attention.plan import Plan
+from kvmanager.examples.engine.channel import SchedulerChannel, WorkerChannel
+from kvmanager.examples.engine.launch import Fleet
+from kvmanager.examples.engine.request import Request
+from kvmanager.examples.engine.scheduler import Scheduler
+from kvmanager.examples.engine.worker import Worker
+
+RANK, ROPE = 512, 64
+PAGE_SIZE = 64
+GENERATED = 4
+POOLS = ("prefill0", "decode0")
+
+
+class Layers:
+    """Stands where a model does: the work of `num_layers` layers, and latents that are a function of layer, position and place."""
+
+    softmax_scale = (RANK + ROPE) ** -0.5
+
+    def __init__(self, device: str, num_layers: int, heads: int, hidden: int) -> None:
+        self.num_heads, self.hidden = heads, hidden
+        self.device, self.num_layers = torch.device(device), num_layers
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.weights = [torch.randn(hidden, 4 * hidden, device=device, dtype=self.dtype) * 0.02 for _ in range(2)]
+        self.entry = torch.arange(RANK + ROPE, device=device)
+        self.decoded = 0
+
+    def layout(self, page_size: int) -> LatentLayout:
+        return LatentLayout(RANK, ROPE, self.num_layers, page_size, str(self.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+    def latents(self, layer: int, positions: Tensor) -> Tensor:
+        """[tokens, 576]: numbers from -0.5 to 0.5 that hold 7 bits, so that bf16 has them exactly."""
+        return (((positions[:, None] * 37 + layer * 11 + self.entry * 5) % 128) / 128 - 0.5).to(self.dtype)
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: np.ndarray, positions: np.ndarray, backend: MLABackend, plan: Plan, on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        where = torch.from_numpy(positions).to(self.device)
+        q = torch.randn(plan.num_tokens, self.num_heads, RANK + ROPE, device=self.device, dtype=self.dtype)
+        hidden = torch.randn(plan.num_tokens, self.hidden, device=self.device, dtype=self.dtype)
+        for layer in range(self.num_layers):
+            backend.write(plan, layer, self.latents(layer, where))
+            backend.decode(plan, layer, q[: plan.num_decode])
+            backend.prefill(plan, layer, q[plan.num_decode :])
+            hidden = torch.nn.functional.silu(hidden @ self.weights[0]) @ self.weights[1].T
+            if on_layer is not None:
+                on_layer(layer + 1)
+        if plan.num_decode and len(tokens) == plan.num_decode == 1:
+            self.decoded += 1
+            if self.decoded % (GENERATED - 1) == 0:  # with the last token, so that no time that counts has it in it
+                self.check(backend, plan)
+        return torch.zeros(plan.batch, 8, device=self.device)
+
+    def check(self, backend: MLABackend, plan: Plan) -> None:
+        """Every slot of the sequence in every layer, prompt and generated."""
+        length = int(plan.lengths[0])
+        pages = torch.from_numpy(plan.page_ids.astype(np.int64)).to(self.device)
+        where = torch.arange(length, device=self.device)
+        for layer in range(self.num_layers):
+            got = backend.memory.layer(layer)[pages].flatten(0, 1)[:length]
+            if not torch.equal(got, self.latents(layer, where)):
+                raise SystemExit(f"layer {layer}: the latents that came are not those that were written")
+
+
+class BenchFleet(Fleet):
+    """The engine's processes, with this file for a worker."""
+
+    def start(self, pool: str, device: str, args: argparse.Namespace) -> None:
+        own = ["--as-worker", pool, "--device", device]
+        for name in ("layers", "chunk", "group", "heads", "hidden"):
+            own += [f"--{name}", str(getattr(args, name))]
+        self._start(pool, [os.path.abspath(__file__), *own, "--manager", self.manager_address, "--scheduler", self.scheduler_address])
+
+
+def work(args: argparse.Namespace) -> None:
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    torch.set_num_threads(1)
+    channel = WorkerChannel(args.scheduler, args.as_worker)
+    with KVClient(args.manager, timeout_ms=30_000, resend_ms=200) as client:
+        model: Any = Layers(args.device, args.layers, args.heads, args.hidden)
+        worker = Worker(
+            model, client, channel, args.as_worker,
+            max_tokens=args.chunk, max_batch=4, lease_ms=60_000, keep_logits=False, stream_layers=args.group,
+        )  # fmt: skip
+        try:
+            worker.serve()
+        finally:
+            worker.follower.close()
+            worker.memory.close()
+
+
+def run(scheduler: Scheduler, tokens: int, stream: bool, rng: np.random.Generator) -> Request:
+    scheduler.stream = stream
+    request = scheduler.submit(rng.integers(0, 30_000, tokens).tolist(), GENERATED)
+    deadline = time.monotonic() + 120
+    while not scheduler.idle:
+        scheduler.turn(1)
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{tokens} tokens: not served within 120 s: {request}"[:600])
+    if request.error or request.lost or request.moves != 1:
+        raise SystemExit(f"{tokens} tokens: {request.error or 'lost, or not moved'}")
+    return request
+
+
+def measure(args: argparse.Namespace, lengths: list[int]) -> list[dict[str, Any]]:
+    devices = [args.device] * 2 if args.device == "cpu" else ["cuda:0", f"cuda:{torch.cuda.device_count() - 1}"]
+    pages = -(-(max(lengths) + GENERATED) // PAGE_SIZE) + 4
+    rows = []
+    with BenchFleet() as fleet:
+        try:
+            fleet.start_manager([PoolConfig(pool, pages, PAGE_SIZE, pool[:-1]) for pool in POOLS], lease_ms=60_000)
+            client, channel = KVClient(fleet.manager_address, timeout_ms=30_000, resend_ms=200), SchedulerChannel(fleet.scheduler_address)
+            for pool, device in zip(POOLS, devices, strict=True):
+                fleet.start(pool, device, args)
+            scheduler = Scheduler(
+                client, channel, fleet, {pool: pool[:-1] for pool in POOLS}, page_size=PAGE_SIZE, chunk_tokens=args.chunk, on_event=print
+            )
+            scheduler.wait_ready(180)
+            rng = np.random.default_rng(0)
+            for tokens in lengths:
+                times: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
+                for repeat in range(args.repeats + 1):
+                    for stream in (False, True):
+                        request = run(scheduler, tokens, stream, rng)
+                        at = request.token_times
+                        if repeat:  # the first of each kind compiles and maps
+                            times[stream].append((at[1] - at[0], at[3] - at[2], at[0] - request.submitted))
+                for stream, each in times.items():
+                    gap, step, first = (float(np.median([row[which] for row in each])) * 1e3 for which in range(3))
+                    rows.append({"tokens": tokens, "streamed": stream, "gap_ms": gap, "decode_step_ms": step, "first_token_ms": first,
+                                 "gaps_ms": [row[0] * 1e3 for row in each]})  # fmt: skip
+                    print(
+                        f"{tokens:>7} tokens  {'streamed' if stream else 'moved when whole':>16}  first token {first:9.1f} ms  "
+                        f"then to the second {gap:8.1f} ms, of which a decode step {step:6.1f}; without it {gap - step:8.1f} ms",
+                        flush=True,
+                    )
+            channel.close()
+            client.disconnect()
+        except Exception:
+            print(fleet.log("prefill0"), fleet.log("decode0"), sep="\n", file=sys.stderr)
+            raise
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda (two cards, or one for both), or cpu")
+    parser.add_argument("--tokens", default="8192,32768", help="prompt lengths")
+    parser.add_argument("--layers", type=int, default=61)
+    parser.add_argument("--group", type=int, default=8, help="layers after which progress is told")
+    parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step")
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    for name in ("--as-worker", "--manager", "--scheduler"):
+        parser.add_argument(name, default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.as_worker:
+        return work(args)
+    lengths = [int(each) for each in args.tokens.split(",")]
+    cards = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if args.device != "cpu" else "cpu"
+    print(
+        f"{cards}  torch {torch.__version__}  python {platform.python_version()}  {args.layers} layers, chunks of {args.chunk}, groups of {args.group}"
+    )
+    rows = measure(args, lengths)
+    if args.json:
+        args.json.write_text(json.dumps({"cards": cards, "torch": torch.__version__, "layers": args.layers, "chunk": args.chunk,
+                                         "group": args.group, "rows": rows}, indent=1) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
