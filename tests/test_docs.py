@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,3 +28,15 @@ def test_files_named_in_documents_exist(path: Path) -> None:
     named = re.findall(r"`((?:docs|tests|examples|benchmarks|kernels|attention|kvmanager)/[\w./-]*)`", path.read_text())
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_readme_has_the_table_of_the_results_it_names() -> None:
+    """Written by `python benchmarks/plot_kernels.py RESULTS --readme README.md`; a number changed by hand, or a file that changed, shows."""
+    spec = importlib.util.spec_from_file_location("plot_kernels", ROOT / "benchmarks" / "plot_kernels.py")
+    assert spec is not None and spec.loader is not None
+    plot_kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot_kernels)
+    readme = (ROOT / "README.md").read_text()
+    named = plot_kernels.MARKERS.search(readme)
+    assert named is not None
+    assert readme == plot_kernels.with_table(readme, ROOT / named[1])

@@ -39,6 +39,7 @@ from kvmanager.kernels.latent_formats import Stored, view_pages
 from kvmanager.kernels.page_checksum import sum_pages
 from kvmanager.kernels.page_copy import copy_pages
 from kvmanager.kernels.page_pull import pull_pages
+from kvmanager.kernels.state_merge import merge_pair, merge_states
 
 ARCH = 90
 NUM_PAGES, TOKENS = 4, 6
@@ -212,6 +213,13 @@ def merge(everything: bool) -> Launches:
             yield name, lambda a=(num_lists, rank, ordered, rank == 448): launch(*a)  # type: ignore[misc]
 
 
+def state(everything: bool) -> Launches:
+    outs, lses = torch.empty((2, TOKENS, 16, 512), dtype=torch.bfloat16), torch.empty((2, TOKENS, 16))
+    yield "state pair", lambda: merge_pair(outs[0], lses[0], outs[1], lses[1], outs[0], lses[0])
+    flat, norms = outs.flatten(1, 2), lses.flatten(1)
+    yield "state all", lambda: merge_states(flat, norms, flat[0], norms[0])
+
+
 def move(everything: bool) -> Launches:
     words = torch.zeros((NUM_PAGES, 2, 64, 144), dtype=torch.int64)
     segments = torch.zeros((3, 5), dtype=torch.int32)
@@ -223,7 +231,7 @@ def move(everything: bool) -> Launches:
         yield f"pull{' whole' if whole else ''}", lambda a=arguments: pull_pages(words.data_ptr(), words, segments, **a)  # type: ignore[misc]
 
 
-FAMILIES = (hopper, hopper_fp8, decode, sparse, write, merge, move)
+FAMILIES = (hopper, hopper_fp8, decode, sparse, write, merge, state, move)
 
 
 def measure(kernel: triton.compiler.CompiledKernel, log: str) -> dict[str, Any]:

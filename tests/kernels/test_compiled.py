@@ -40,7 +40,18 @@ LIMITS = {
     "sparse": Limit((460, 62), (648, 136)),
     "checksum": Limit((48, 12), (0, 0)),
 }
-FAMILIES = {"hopper": 18, "hopper_fp8": 6, "decode": 7, "sparse": 6, "write": 8, "merge": 6, "copy": 1, "checksum": 1, "pull": 2}
+FAMILIES = {
+    "hopper": 18,
+    "hopper_fp8": 6,
+    "decode": 7,
+    "sparse": 6,
+    "write": 8,
+    "merge": 6,
+    "state": 2,
+    "copy": 1,
+    "checksum": 1,
+    "pull": 2,
+}
 
 
 def limit_of(launch: str) -> Limit:
