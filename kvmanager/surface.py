@@ -342,9 +342,9 @@ class Surface:
 
     # --- for workers and whoever watches over them ---------------------------------------------------------------------------
 
-    def join(self, name: str, pool: str, layout: str, *, memory: bytes = b"", lease_ms: int = 0) -> int:
+    def join(self, name: str, pool: str, layout: str, *, memory: bytes = b"", lease_ms: int = 0, page_bytes: int = 0) -> int:
         """A worker with fresh memory joins a pool; gives its id. Raises LayoutMismatch, WrongState, Unknown (pool), TooMany."""
-        reply = self._run(Join(name, pool, layout, memory, lease_ms))
+        reply = self._run(Join(name, pool, layout, memory, lease_ms, page_bytes=page_bytes))
         self._epochs[reply["worker"]] = reply["epoch"]
         return reply["worker"]
 
@@ -364,12 +364,13 @@ class Surface:
         as_of: int = 0,
         failed: Any = (),
         layers: Any = (),
+        links: Any = (),
     ) -> int:
         """A worker reports what it finished; see `commands.Ack`. `epoch` is 0 for that in which it joined through this object.
 
         Raises Fenced if its lease ended, StaleEpoch if the manager does not continue what the worker has followed: drain, join again.
         """
-        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker), as_of, failed, layers))["version"]
+        return self._run(Ack(worker, version, ids, tokens, pulled, epoch or self.epoch_of(worker), as_of, failed, layers, links))["version"]
 
     def worker_gone(self, worker: int, *, epoch: int = 0) -> list[int]:
         """The worker's process is known dead, or it drained; gives the sequences that are lost with it.
@@ -389,11 +390,13 @@ class Surface:
         return self._ask({"t": "stats"})
 
     def workers(self) -> list[dict[str, Any]]:
-        """All workers: worker, name, pool, acked, behind (versions), lease_left_ms, fenced."""
+        """All workers: worker, name, pool, acked, behind (versions), lease_left_ms, fenced, links
+        (how it reaches others' pages: worker, name, transport, reason)."""
         return self._ask({"t": "workers"})["workers"]
 
     def handoffs(self, limit: int = 1000) -> list[dict[str, Any]]:
-        """The oldest handoffs under way: handoff, sequence, state, source, target, tokens, pages, pages_shared, pulled, failed (tries), age (versions).
+        """The oldest handoffs under way: handoff, sequence, state, source, target, tokens, pages, pages_shared, pulled,
+        transport (as far as the pullers have said), failed (tries), age (versions).
 
         Raises InvalidValue (limit above 10,000).
         """

@@ -22,7 +22,7 @@ from kvmanager import BatchTables, Follower, KVClient, Replica
 from kvmanager.attention import MLABackend, PageMemory, PeerMemory
 from kvmanager.attention.transports.base import Pull as Transfer
 from kvmanager.attention.transports.base import PullState
-from kvmanager.errors import Fenced, KVError, StaleEpoch, StaleStep
+from kvmanager.errors import Fenced, KVError, PullFailed, StaleEpoch, StaleStep
 from kvmanager.examples.engine.channel import WorkerChannel
 from kvmanager.examples.engine.model import LatentModel
 from kvmanager.worker.replica import AckContent, Pull
@@ -59,7 +59,9 @@ class Worker:
         self.replica = Replica(pool)
         self.follower = Follower(client, self.replica)
         memory = msgpack.packb(self.memory.export())
-        self.worker_id = client.join(pool, pool, self.memory.layout.fingerprint, memory=memory, lease_ms=lease_ms)
+        self.worker_id = client.join(
+            pool, pool, self.memory.layout.fingerprint, memory=memory, lease_ms=lease_ms, page_bytes=self.memory.layout.page_bytes
+        )
         self.replica.joined(self.worker_id)
         self.renew_s = lease_ms / 1000 / 4
         self.acked_at = time.monotonic()
@@ -168,15 +170,21 @@ class Worker:
             if pull.handoff not in self.pulling:
                 self.begin_pull(pull)
         for handoff, (pull, transfer) in list(self.pulling.items()):
-            if handoff not in wanted:
-                transfer.cancel()  # aborted: its pages are held until it has really ended
+            if handoff not in wanted or self.has_ended(pull.peer.worker):
+                transfer.cancel()  # aborted, or soon to be: its pages are held until it has really ended
             transfer.poll()
             if transfer.settled:
                 del self.pulling[handoff]
                 self.end_pull(pull, transfer)
+        for worker in [each for each in self.peers if self.replica.leaving.get(each)]:
+            self.peers.pop(worker).gone()  # its process is known dead: nothing to wait for
         for worker in [each for each in self.peers if each not in self.replica.peers]:
             if not any(pull.peer.worker == worker for pull, _ in self.pulling.values()):
                 self.peers.pop(worker).close()
+
+    def has_ended(self, peer: int) -> bool:
+        """Whether the manager has fenced that worker or knows it dead, even if a step stands before the batch that says so."""
+        return peer in self.replica.leaving or peer not in self.replica.peers
 
     def begin_pull(self, pull: Pull) -> None:
         self.replica.begin_pull(pull.handoff)
@@ -185,8 +193,12 @@ class Worker:
             return
         try:
             peer = self.peers.get(pull.peer.worker)
+            if self.has_ended(pull.peer.worker):
+                raise PullFailed("any", f"worker {pull.peer.name} has ended")
             if peer is None:
                 peer = self.peers[pull.peer.worker] = self.memory.open_peer(msgpack.unpackb(pull.peer.memory))
+                click.echo(f"worker {self.pool}: pages of {pull.peer.name} come by {peer.choice}", err=True)
+                self.replica.linked(pull.peer.worker, peer.choice.transport, str(peer.choice).split(": ", 1)[1])
             options: dict[str, Any] = {"layers": pull.layers(self.memory.layout.num_layers)}
             if pull.source_page_size != pull.target_page_size:
                 options |= {"tokens": pull.tokens, "source_skip": pull.source_skip}

@@ -23,6 +23,7 @@ from kvmanager.machine.pins import pages_of
 from kvmanager.machine.queries import pool_stats
 from kvmanager.machine.snapshot import load_snapshot
 from kvmanager.machine.state import State
+from kvmanager.machine.workers import links_of
 from kvmanager.pages.pool import Pool
 from kvmanager.pages.sequences import slot_of
 
@@ -257,7 +258,8 @@ def describe_state(state: State) -> dict[str, Any]:
     for pool in state.pools:
         workers = [state.workers[each] for each in state.pool_workers[pool.index]]
         found["pools"][pool.name]["workers"] = {
-            str(each.worker_id): {"name": each.name, "acked": each.acked, "fenced": each.fenced} for each in workers
+            str(each.worker_id): {"name": each.name, "acked": each.acked, "fenced": each.fenced, "links": links_of(state, each)}
+            for each in workers
         }
         del found["pools"][pool.name]["fenced"]
     sequences = []

@@ -155,6 +155,12 @@ def _show_state(found: dict[str, Any], console: Console) -> None:
         console.print(table)
         if len(found["open"]) > ROWS_MAX:
             console.print(f"and {len(found['open']) - ROWS_MAX} more (--json has them all)")
+    for pool in found["pools"].values():
+        for each in pool["workers"].values():
+            for link in each["links"]:
+                console.print(
+                    f"{escape(each['name'])} reaches pages of {escape(link['name'])} by {escape(link['transport'])}: {escape(link['reason'])}"
+                )
     for handoff, state in found["handoffs"].items():
         console.print(f"handoff {handoff}: {state}")
 

@@ -40,7 +40,15 @@ from kvmanager.machine.state import State
 from kvmanager.machine.tenants import apply_flushed, apply_quota
 from kvmanager.machine.truncation import apply_truncated
 from kvmanager.machine.waiting import apply_dequeued, apply_enqueued
-from kvmanager.machine.workers import apply_acked, apply_dead, apply_fenced, apply_joined, apply_written
+from kvmanager.machine.workers import (
+    apply_acked,
+    apply_dead,
+    apply_fenced,
+    apply_joined,
+    apply_link_chosen,
+    apply_page_bytes,
+    apply_written,
+)
 from kvmanager.pages.neighbours import Neighbours
 from kvmanager.pages.pool import Pool
 
@@ -119,4 +127,6 @@ _APPLY: dict[type, Callable[[State, Any], None]] = {
     ev.PoolDraining: apply_draining,
     ev.PoolDrained: apply_drained,
     ev.EpochBegun: lives.epoch_begun,
+    ev.LinkChosen: apply_link_chosen,
+    ev.PageBytesTold: apply_page_bytes,
 }

@@ -82,6 +82,8 @@ EVENTS: tuple[type, ...] = (
     ev.PoolDrained,
     ev.HandoffStreaming,
     ev.LayersWritten,
+    ev.LinkChosen,
+    ev.PageBytesTold,
 )
 _CODE = {cls: code for code, cls in enumerate(EVENTS, 1)}
 

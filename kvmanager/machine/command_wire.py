@@ -71,6 +71,8 @@ def command_to_wire(command: Command) -> dict[str, Any]:
             del wire["grow_counts"]  # the steady decode step
     if isinstance(command, (Step, Join)) and not command.seen:
         del wire["seen"]
+    if isinstance(command, Join) and not command.page_bytes:
+        del wire["page_bytes"]
     return wire
 
 

@@ -43,6 +43,9 @@ MEMORY_BYTES_MAX = 4096
 REASON_MAX = 500  # characters of why a pull failed
 LAYER_REPORTS_MAX = 4096  # in one acknowledgement
 LAYERS_MAX = 1 << 16
+LINKS_MAX = 256  # peers of which one worker has said how it reaches them: the newest are kept
+LINK_REASON_MAX = 300  # characters of why it is that transport
+PAGE_BYTES_MAX = 1 << 40
 LEASE_MAX = 1 << 40  # milliseconds or versions
 Tokens: TypeAlias = np.ndarray | bytes | list[int] | tuple[int, ...]
 
@@ -431,6 +434,7 @@ class Join:
     layout    fingerprint of its latent layout; the first worker's becomes the pool's
     memory    how peers reach its pages, opaque to the manager (at most 4096 bytes)
     lease_ms  acknowledge at least this often or be fenced; 0 takes the manager's default
+    page_bytes  of one page in all layers, the same for all workers of the pool: what is counted in pages is told in bytes too; 0 is unknown
     seen      version of the newest reply that the sender has seen. A worker of this name and client that joined later is this one: an
               earlier request was given up, and carried out all the same. 0: the sender does not say
     """
@@ -441,8 +445,10 @@ class Join:
     memory: bytes = b""
     lease_ms: int = 0
     seen: int = 0
+    page_bytes: int = 0
 
     def __post_init__(self) -> None:
+        check_int("join.page_bytes", self.page_bytes, 0, PAGE_BYTES_MAX)
         check_name("join.name", self.name)
         check_name("join.pool", self.pool)
         check_name("join.layout", self.layout)
@@ -479,6 +485,23 @@ def _check_layers(value: object) -> list[tuple[int, int, int]]:
     return layers
 
 
+def _check_links(value: object) -> list[tuple[int, str, str]]:
+    links = []
+    for number, item in enumerate(check_list("ack.links", value)):
+        where = f"ack.links[{number}]"
+        if number == LINKS_MAX:
+            raise InvalidValue("ack.links", f"at most {LINKS_MAX} peers", "more")
+        if not isinstance(item, (list, tuple)) or len(item) != 3:
+            raise InvalidValue(where, "(worker, transport, reason)", repr(item)[:80])
+        peer, transport, reason = item
+        check_int(where, peer, 1, INT64_MAX)
+        check_name(where, transport)
+        if not isinstance(reason, str) or len(reason) > LINK_REASON_MAX:
+            raise InvalidValue(where, f"a reason of at most {LINK_REASON_MAX} characters", repr(reason)[:80])
+        links.append((peer, transport, reason.encode(errors="replace").decode()))
+    return links
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Ack:
     """A worker has finished every step up to `version` and will refuse any that it has not seen yet.
@@ -490,6 +513,7 @@ class Ack:
                   first `layers` layers of its first `tokens` tokens (at most 4096 of these)
     epoch         the life of the manager that the worker follows (see Replica); 0 says that it has followed but one
     as_of         version of the tables that `tokens` speak of, at least `version`; 0 means `version` itself
+    links         (worker, transport, reason): how this worker reaches another's pages, once it has chosen. Of workers that are gone: ignored
     """
 
     worker: int
@@ -501,6 +525,7 @@ class Ack:
     as_of: int = 0
     failed: Any = ()
     layers: Any = ()
+    links: Any = ()
 
     def __post_init__(self) -> None:
         check_int("ack.worker", self.worker, 1, INT64_MAX)
@@ -515,6 +540,7 @@ class Ack:
         object.__setattr__(self, "pulled", as_ids("ack.pulled", self.pulled))
         object.__setattr__(self, "failed", _check_failed(self.failed) if self.failed != () else ())
         object.__setattr__(self, "layers", _check_layers(self.layers) if self.layers != () else ())
+        object.__setattr__(self, "links", _check_links(self.links) if self.links != () else ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -364,6 +364,22 @@ class LayersWritten(NamedTuple):
     layers: Ints64
 
 
+class LinkChosen(NamedTuple):
+    """The worker reaches the pages of worker `peer` by this transport, and says why by this one. The newest word counts."""
+
+    worker: int
+    peer: int
+    transport: str
+    reason: str
+
+
+class PageBytesTold(NamedTuple):
+    """A page of the pool, all layers of it, takes so many bytes of a worker's memory."""
+
+    pool: int
+    page_bytes: int
+
+
 # Snapshot events: they build a state from nothing.
 
 

@@ -173,7 +173,11 @@ def apply_resident(state: State, event: ev.HandoffResident) -> None:
     spared = min(handoff.target_fresh, used)
     target.pages_moved += used - spared
     target.pages_spared += spared
-    notify(state, handoff.owner, Notice("resident", handoff.sequence_id, event.handoff, target.name, "", used - spared, spared))
+    notify(
+        state,
+        handoff.owner,
+        Notice("resident", handoff.sequence_id, event.handoff, target.name, "", used - spared, spared, target.page_bytes),
+    )
 
 
 def apply_aborted(state: State, event: ev.HandoffAborted) -> None:

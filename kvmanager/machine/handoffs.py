@@ -459,9 +459,16 @@ def list_handoffs(state: State, limit: int) -> list[dict[str, Any]]:
             "pages": len(handoff.target_pages),
             "pages_shared": handoff.target_shared,
             "pulled": len(handoff.pulled),
+            "transport": _transports(state, handoff),
             "failed": sum(handoff.failures.values()),
             "streaming": handoff.streaming,
             "age": state.version - handoff.version,
         }
         for handoff in islice(state.handoffs.values(), limit)
     ]
+
+
+def _transports(state: State, handoff: Handoff) -> str:
+    """By what its workers pull, as far as they have said: "shm", or "cuda_ipc+nixl" if they differ."""
+    pairs = ((state.workers.get(worker), source) for worker, source in handoff.sources.items())
+    return "+".join(dict.fromkeys(puller.links[source][0] for puller, source in pairs if puller is not None and source in puller.links))

@@ -38,6 +38,9 @@ def snapshot(state: State, *, with_index: bool = True) -> EventBatch:
         how = worker.layout, worker.memory, worker.lease_ms, worker.client
         events.append(ev.WorkerJoined(worker.worker_id, worker.name, worker.pool, *how))
         events.append(ev.WorkerRestored(worker.worker_id, worker.acked, worker.deadline_ms, int(worker.fenced), worker.joined))
+    for worker in state.workers.values():  # after all of them: links name two
+        events += [ev.LinkChosen(worker.worker_id, peer, *link) for peer, link in worker.links.items()]
+    events += [ev.PageBytesTold(pool.index, pool.page_bytes) for pool in state.pools if pool.page_bytes]
     if with_index:
         events.append(ev.ExtrasNamed(*state.extras.named()))  # first: what follows counts as its users
     for pool in state.pools:

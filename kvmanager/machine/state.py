@@ -37,7 +37,8 @@ class Notice(NamedTuple):
     fetched: as many as `handoff` says, the oldest, are gone).
     reason: for people; of "resident" and "moving" the target pool's name, of "drained" the pool's. code: for programs, "" for resident, else
     "lost", "closed", "asked" (to abort), "timed_out", "pull_failed", "drain", or the code of an error: "sequence_too_large" and
-    "over_quota" say that trying again would not help. moved, spared: of "resident" the pages that moved, and those that the target had.
+    "over_quota" say that trying again would not help. moved, spared: of "resident" the pages that moved, and those that the target had;
+    page_bytes: of each of them, 0 if the target's workers have not said.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Notice(NamedTuple):
     code: str = ""
     moved: int = 0
     spared: int = 0
+    page_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class Worker:
 
     client  that asked for it to join
     joined  version in which it did
+    links   worker -> how this one reaches its pages, (transport, reason), what was said last at the end
     """
 
     worker_id: int
@@ -68,6 +71,7 @@ class Worker:
     acked: int
     deadline_ms: int
     fenced: bool = False
+    links: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

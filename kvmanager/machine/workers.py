@@ -9,7 +9,7 @@ import numpy as np
 from kvmanager.errors import InvalidValue, LayoutMismatch, TooMany, Unknown, WrongState
 from kvmanager.machine import events as ev
 from kvmanager.machine import lives, pins
-from kvmanager.machine.commands import Ack, Join, WorkerGone
+from kvmanager.machine.commands import LINKS_MAX, Ack, Join, WorkerGone
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.handoffs import abort, give_up, pull_failed, pulled
 from kvmanager.machine.owners import note_publishable
@@ -17,7 +17,21 @@ from kvmanager.machine.state import State, Worker
 from kvmanager.machine.truncation import believed
 from kvmanager.pages.handoff import HandoffState
 
-__all__ = ["ack", "apply_acked", "apply_dead", "apply_fenced", "apply_joined", "apply_written", "gone", "join", "list_workers", "lose_pool"]
+__all__ = [
+    "ack",
+    "apply_acked",
+    "apply_dead",
+    "apply_fenced",
+    "apply_joined",
+    "apply_link_chosen",
+    "apply_page_bytes",
+    "apply_written",
+    "gone",
+    "join",
+    "links_of",
+    "list_workers",
+    "lose_pool",
+]
 
 
 def join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any]:
@@ -35,11 +49,15 @@ def join(draft: Draft, command: Join, now_ms: int, client: int) -> dict[str, Any
         raise WrongState("pool", pool.name, f"at most {pool.workers_expected} live workers", "one more")
     if pool.layout and command.layout != pool.layout:
         raise LayoutMismatch(f"pool {pool.name}", pool.layout, command.layout)
+    if pool.page_bytes and command.page_bytes not in (0, pool.page_bytes):
+        raise InvalidValue("join.page_bytes", f"{pool.page_bytes}, as other workers of pool {pool.name} say", command.page_bytes)
     if pool.prefix.pages_indexed or pool.arrivals.count:
         # Fresh memory beside pages that hold something: this worker would read garbage.
         raise WrongState("pool", pool.name, "an empty pool for a worker with fresh memory", "cached pages or open sequences")
     lease_ms = command.lease_ms or state.config.lease_ms
     draft.events.append(ev.WorkerJoined(state.next_worker, command.name, pool.index, command.layout, command.memory, lease_ms, client))
+    if command.page_bytes != pool.page_bytes and command.page_bytes:
+        draft.events.append(ev.PageBytesTold(pool.index, command.page_bytes))
     return {"worker": state.next_worker, "lease_ms": lease_ms, "epoch": state.epoch}
 
 
@@ -83,6 +101,9 @@ def ack(draft: Draft, command: Ack, now_ms: int, client: int) -> dict[str, Any]:
     _layers_written(draft, command, worker)
     for handoff_id in dict.fromkeys(command.pulled.tolist()):
         pulled(draft, handoff_id, command.worker, worker.pool)
+    for peer, (transport, why) in {link[0]: link[1:] for link in command.links}.items():
+        if peer in state.workers and peer not in draft.dead and worker.links.get(peer) != (transport, why):
+            draft.events.append(ev.LinkChosen(command.worker, peer, transport, why))
     for handoff_id, attempt, reason in command.failed:
         pull_failed(draft, handoff_id, attempt, command.worker, reason)
     return {}
@@ -146,8 +167,17 @@ def list_workers(state: State, now_ms: int) -> list[dict[str, Any]]:
             "behind": state.version - worker.acked,
             "lease_left_ms": 0 if worker.fenced else max(worker.deadline_ms - now_ms, 0),
             "fenced": worker.fenced,
+            "links": links_of(state, worker),
         }
         for worker in state.workers.values()
+    ]
+
+
+def links_of(state: State, worker: Worker) -> list[dict[str, Any]]:
+    """How the worker reaches others' pages, and why so."""
+    return [
+        {"worker": peer, "name": state.workers[peer].name, "transport": transport, "reason": reason}
+        for peer, (transport, reason) in worker.links.items()
     ]
 
 
@@ -195,7 +225,21 @@ def apply_fenced(state: State, event: ev.WorkerFenced) -> None:
 
 def apply_dead(state: State, event: ev.WorkerDead) -> None:
     index = state.workers.pop(event.worker).pool
+    for other in state.workers.values():
+        other.links.pop(event.worker, None)
     state.pool_workers[index].remove(event.worker)
     if not state.pool_workers[index]:
         state.pools[index].draining, state.pools[index].drained = 0, False
     state.unsettled.pop(event.worker, None)
+
+
+def apply_link_chosen(state: State, event: ev.LinkChosen) -> None:
+    links = state.workers[event.worker].links
+    links.pop(event.peer, None)
+    links[event.peer] = event.transport, event.reason
+    if len(links) > LINKS_MAX:
+        del links[next(iter(links))]
+
+
+def apply_page_bytes(state: State, event: ev.PageBytesTold) -> None:
+    state.pools[event.pool].page_bytes = event.page_bytes

@@ -113,6 +113,7 @@ class Pool:
         self.tokens_copied = 0  # that prompts did not compute because part of a page was copied
         self.pages_moved = 0  # into it, by handoffs
         self.pages_spared = 0  # that handoffs did not move, because they were here already
+        self.page_bytes = 0  # of each, in a worker's memory, if one has said
         self.draining = 0  # the client that asked to empty it, 0 if nobody did
         self.drained = False
         self.load = 0  # known token ids of open sequences, see placement

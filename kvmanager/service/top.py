@@ -69,13 +69,36 @@ def workers_table(workers: list[dict[str, Any]]) -> Table:
     return table
 
 
+def links_table(workers: list[dict[str, Any]]) -> Table:
+    """Who reaches whose pages by what, and why by that."""
+    table = Table("puller", "pages of", "transport", Column("because", overflow="fold"), box=None, pad_edge=False)
+    for each in workers:
+        for link in each["links"]:
+            table.add_row(*(Text(text) for text in (each["name"], link["name"], link["transport"], link["reason"])))
+    return table
+
+
+def moved_table(pools: dict[str, Any]) -> Table:
+    """What handoffs have moved into each pool, and what they did not have to. Bytes are unknown until a worker has said what a page takes."""
+    table = Table("handoffs into", box=None, pad_edge=False)
+    for heading in ("pages moved", "bytes", "pages spared", "bytes"):
+        table.add_column(heading, justify="right")
+    for name, pool in pools.items():
+        if pool["pages_moved"] or pool["pages_spared"]:
+            cells = [f"{pool[f'pages_{kind}']:,}|{pool[f'bytes_{kind}'] if pool['page_bytes'] else '?'}" for kind in ("moved", "spared")]
+            row = [part for cell in cells for part in cell.split("|")]
+            table.add_row(Text(name), *(f"{int(part):,}" if part.isdigit() else part for part in row))
+    return table
+
+
 def handoffs_table(handoffs: list[dict[str, Any]]) -> Table:
-    table = Table("handoff", "sequence", Column("state", min_width=10), "from", "to", box=None, pad_edge=False)
+    table = Table("handoff", "sequence", Column("state", min_width=10), "from", "to", "by", box=None, pad_edge=False)
     for heading in ("tokens", "pages", "of them shared", "failed tries", "age"):
         table.add_column(heading, justify="right")
     for each in handoffs:
         table.add_row(
-            *(str(each["handoff"]), str(each["sequence"]), each["state"], Text(each["source"]), Text(each["target"])),
+            *(str(each["handoff"]), str(each["sequence"]), each["state"]),
+            *(Text(each[name] or "-") for name in ("source", "target", "transport")),
             *(f"{each[name]:,}" for name in ("tokens", "pages", "pages_shared", "failed", "age")),
         )
     return table
@@ -93,6 +116,9 @@ def screen(frame: Frame, before: Frame | None) -> Group:
     if wrong := stats.get("journal", {}).get("wrong"):
         parts.append(Text(f"journal: {wrong}", style="red"))
     parts += [Text(), pools_table(stats), Text(), workers_table(frame["workers"])]
+    for more in (links_table(frame["workers"]), moved_table(stats["pools"])):
+        if more.row_count:
+            parts += [Text(), more]
     if frame["handoffs"]:
         parts += [Text(), handoffs_table(frame["handoffs"])]
     return Group(*parts)

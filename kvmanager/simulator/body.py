@@ -382,6 +382,7 @@ class Body:
                     self.joined.early[pull.handoff] = pull.target_pages.tolist()
                     self._streamed.setdefault(pull.handoff, {})
                     self.model.seen["pulled_early"] += pull.early
+                self.replica.linked(pull.peer.worker, f"copy{self._page_us}", f"{self.name} from {pull.peer.name}")
                 self._later(self._page_us, self._copy, pull, 0)
         self._drop_pulls()
 
@@ -454,7 +455,7 @@ class Body:
         self._acking, self._acked_at = True, self.world.now_us
         ack = Ack(
             self.joined.worker, content.version, content.ids, content.tokens, content.pulled, content.epoch, content.as_of, content.failed,
-            content.layers,
+            content.layers, content.links,
         )  # fmt: skip
         command = command_to_wire(ack)
         self.caller.ask(command, lambda reply: self.receive(self._ack_answered, reply))

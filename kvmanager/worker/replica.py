@@ -24,6 +24,7 @@ from kvmanager.worker.streams import Piece, Stream
 __all__ = ["AckContent", "Copies", "Peer", "Pull", "Replica"]
 
 REASON_MAX = 500
+LINK_REASON_MAX = 300
 NO_PAGES = np.zeros(0, np.int32)
 
 
@@ -91,6 +92,7 @@ class AckContent(NamedTuple):
     as_of: int = 0
     failed: list[tuple[int, int, str]] = []  # noqa: RUF012 - never changed; (handoff, attempt, reason)
     layers: list[tuple[int, int, int]] = []  # noqa: RUF012 - never changed; (handoff, tokens, layers)
+    links: list[tuple[int, str, str]] = []  # noqa: RUF012 - the same; (worker, transport, reason)
 
 
 @dataclass(slots=True)
@@ -115,6 +117,7 @@ class Replica:
         self.worker = 0  # its id, see `joined`
         self.stranded = False  # a worker whose pages are not what the manager believes: see `load`
         self.differs = False  # the tables are not the manager's: only a snapshot helps
+        self._links: dict[int, tuple[str, str]] = {}  # peer -> how this worker reaches its pages
         self._reset()
 
     def _reset(self) -> None:
@@ -128,6 +131,8 @@ class Replica:
         self.pools: list[ev.PoolAdded] = []
         self.pool = -1
         self.peers: dict[int, Peer] = {}
+        self.leaving: dict[int, bool] = {}  # peers that have ended by what was fed and is not applied yet: whether known dead, not fenced
+        self._links_untold: dict[int, None] = {}
         self._queue: deque[EventBatch] = deque()
         self._handoffs: dict[int, _Moving] = {}
         self._pulls: dict[int, Pull] = {}  # not yet finished
@@ -187,6 +192,8 @@ class Replica:
             self._apply(event)
         if self.pool_name is not None and self.pool < 0:
             raise Unknown("pool", self.pool_name)
+        self._links = {peer: link for peer, link in self._links.items() if peer in self.peers}
+        self._links_untold = dict.fromkeys(self._links)  # what was said before may have been lost
         # A snapshot may have skipped steps that this worker never ran: what is in these sequences' pages is not known.
         self._broken = dict.fromkeys(self._own(self.tables.open_ids()))
 
@@ -210,6 +217,9 @@ class Replica:
         if batch.version != self.known + 1:
             raise ReplicaGap(f"replica: expected version {self.known + 1}, got {batch.version}", expected=self.known + 1)
         self.known = batch.version
+        for event in batch.events:
+            if type(event) in _ENDS:
+                self.leaving[event.worker] = type(event) is ev.WorkerDead
         self._queue.append(batch)
         self.advance()
 
@@ -460,6 +470,12 @@ class Replica:
             self._end_stream(handoff)
             self._start_pull(handoff, move.moved_at, self.tables.pages_of(move.sequence), length, length)
 
+    def linked(self, worker: int, transport: str, reason: str) -> None:
+        """This worker reaches that peer's pages by `transport`: told to the manager with the next acknowledgement."""
+        if self._links.get(worker) != (transport, reason):
+            self._links[worker] = transport, reason[:LINK_REASON_MAX]
+            self._links_untold[worker] = None
+
     # --- acknowledging -------------------------------------------------------------------------------------------------------
 
     def ack(self) -> AckContent | None:
@@ -479,7 +495,8 @@ class Replica:
             for each, tokens in self._written.items()
             if tokens // size > reported.get(each, 0) // size or (each in handing and tokens > reported.get(each, 0))
         ]
-        if not ids and not self._pulled and not self._unreported and not self._layers and not (self._owed and version > self.acked):
+        hints = self._layers or self._links_untold
+        if not ids and not self._pulled and not self._unreported and not hints and not (self._owed and version > self.acked):
             return None
         self._owed = version < self.version
         self.acked = max(self.acked, version)
@@ -490,7 +507,9 @@ class Replica:
         self._unreported = {}
         layers, self._layers = [(each, *how_far) for each, how_far in self._layers.items()], {}
         as_of = max(self.acked, self.version) if ids or layers else 0
-        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch, as_of, failed, layers)
+        links = [(each, *self._links[each]) for each in self._links_untold if each in self._links]
+        self._links_untold = {}
+        return AckContent(self.acked, ids, [self._written[each] for each in ids], pulled, self.epoch, as_of, failed, layers, links)
 
     def renewal(self) -> AckContent:
         """An acknowledgement for the lease's sake, whether or not it helps anybody else."""
@@ -526,6 +545,8 @@ class Replica:
 
     def _on_worker_end(self, event: ev.WorkerDead | ev.WorkerFenced) -> None:
         self.peers.pop(event.worker, None)
+        self.leaving.pop(event.worker, None)
+        self._links.pop(event.worker, None)
 
     def _on_worker_restored(self, event: ev.WorkerRestored) -> None:
         if event.fenced:
@@ -712,6 +733,7 @@ class Replica:
 
     def _on_epoch(self, event: ev.EpochBegun) -> None:
         self._owed = True  # free pages are held until every worker has acknowledged the new life
+        self._links_untold = dict.fromkeys(self._links)
 
     def _on_state_restored(self, event: ev.StateRestored) -> None:
         self.tables.last_ids, self.tables.last_counts = event.last_ids, event.last_counts
@@ -746,6 +768,7 @@ def _same(one: Pull, other: Pull) -> bool:
     ) and (np.array_equal(one.target_pages, other.target_pages) and np.array_equal(one.source_pages, other.source_pages))
 
 
+_ENDS = (ev.WorkerDead, ev.WorkerFenced)
 _HANDLERS: dict[type, Callable[[Replica, Any], list[int] | None]] = {
     ev.PoolAdded: Replica._on_pool,
     ev.WorkerJoined: Replica._on_join,

@@ -212,6 +212,27 @@ def test_top_shows_pools_workers_and_handoffs(serve: Serve, run: Run) -> None:
     assert serving.end()[0] == 0
 
 
+def test_top_and_inspect_show_by_what_pages_come_and_how_many_bytes(serve: Serve, run: Run, tmp_path: Path) -> None:
+    pools = [f"name={name},num_pages=8,page_size=16" for name in ("prefill", "decode")]
+    serving = serve("--pool", pools[0], "--pool", pools[1], "--journal", str(tmp_path / "journal"))
+    with KVClient(serving.address) as client:
+        source, target = (client.join(f"{pool}-0", pool, "layout", page_bytes=1000) for pool in ("prefill", "decode"))
+        opened = client.open(list(range(40)), "prefill", chunk=40)
+        client.ack(source, client.stats()["version"], ids=[opened.sequence], tokens=[40])
+        handoff = client.hand_off(opened.sequence, "decode")
+        client.ack(target, 1, links=[(source, "shm", "both in this host's memory")])
+        shown = run("top", "--count", "1", "--address", serving.address).stdout
+        for text in ("moving", "because", "shm", "both in this host's memory"):
+            assert text in shown
+        client.ack(target, client.stats()["version"], pulled=[handoff])
+        shown = run("top", "--count", "1", "--address", serving.address).stdout
+        assert "handoffs into" in shown
+        assert "3,000" in shown
+        inspected = run("inspect", str(tmp_path / "journal"))
+        assert "decode-0 reaches pages of prefill-0 by shm: both in this host's memory" in inspected.stdout, inspected.stderr
+    assert serving.end()[0] == 0
+
+
 def test_stats_of_nobody_is_one_line(run: Run, tmp_path: Path) -> None:
     """ManagerUnreachable, in words."""
     line = refused(run("stats", "--address", f"ipc://{tmp_path}/nobody"))

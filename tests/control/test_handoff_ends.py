@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.errors import InvalidValue
 from kvmanager.machine import events as ev
+from kvmanager.machine.batch import decode_batch, encode_batch
+from kvmanager.machine.commands import LINKS_MAX
+from kvmanager.machine.snapshot import snapshot
+from kvmanager.machine.workers import apply_link_chosen
 from kvmanager.manager import KVManager
 from tests.control.conftest import Clock, Rig, tokens
 from tests.control.test_handoff import all_home, pulled, reach
@@ -252,3 +257,86 @@ def test_events_carry_who_pulls_from_whom(make_rig: MakeRig) -> None:
     for each in opened:
         pulled(rig, manager.hand_off(each, "C"), "C")
     assert sorted(moving.sources.tolist()[0] for moving in seen) == rig.workers["B"]
+
+
+# --- what is told of the way that pages take, and of bytes --------------------------------------------------------------------------
+
+
+def links_logged(rig: Rig, version: int) -> int:
+    batches = [decode_batch(data) for data in rig.kv.batches_since(rig.state.epoch, version)]
+    return sum(isinstance(event, ev.LinkChosen) for batch in batches for event in batch.events)
+
+
+def test_the_transport_of_a_puller_and_its_reason_are_kept_listed_and_logged_once(make_rig: MakeRig) -> None:
+    """Issue 6: the choice and its reason are visible."""
+    rig = make_rig(pools("A", "B"))
+    [source], [target] = rig.workers["A"], rig.workers["B"]
+    rig.kv.hand_off(rig.prefilled(tokens(40), "A").sequence, "B")
+    assert [each["transport"] for each in rig.kv.handoffs()] == [""]
+    before = rig.version
+    for _ in range(2):
+        rig.kv.ack(target, 1, links=[(source, "shm", "both here"), (999, "nixl", "nobody's")])
+    assert links_logged(rig, before) == 1
+    assert [each["transport"] for each in rig.kv.handoffs()] == ["shm"]
+    links = {each["worker"]: each["links"] for each in rig.kv.workers()}
+    assert links == {source: [], target: [{"worker": source, "name": "A0", "transport": "shm", "reason": "both here"}]}
+    assert encode_batch(snapshot(rig.state)) == rig.kv.snapshot()
+    rig.kv.ack(target, 1, links=[(source, "nixl", "forced")])
+    assert rig.state.workers[target].links == {source: ("nixl", "forced")}
+    rig.kv.worker_gone(source)
+    assert rig.state.workers[target].links == {}
+
+
+def test_of_each_worker_so_many_links_are_kept_the_newest(make_rig: MakeRig) -> None:
+    rig = make_rig(pools("A", "B"))
+    state, [worker] = rig.state, rig.workers["B"]
+    for peer in range(1000, 1001 + LINKS_MAX):
+        apply_link_chosen(state, ev.LinkChosen(worker, peer, "shm", "both here"))
+    assert list(state.workers[worker].links) == list(range(1001, 1001 + LINKS_MAX))
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        [(1, "shm")],
+        [(0, "shm", "")],
+        [(1, "", "")],
+        [(1, "s" * 300, "")],
+        [(1, "shm", "r" * 301)],
+        [(1, "shm", 7)],
+        7,
+        [(1, "shm", "")] * 257,
+    ],
+)
+def test_links_that_are_none_are_refused_by_name(make_rig: MakeRig, links: object) -> None:
+    rig = make_rig(pools("A", "B"))
+    with pytest.raises(InvalidValue, match=r"ack\.links"):
+        rig.kv.ack(rig.workers["B"][0], 1, links=links)
+
+
+def test_bytes_spared_are_told_once_a_worker_has_said_what_a_page_takes(make_rig: MakeRig) -> None:
+    rig = make_rig(pools("A", "B"))
+    rig.kv.worker_gone(rig.workers["B"][0])
+    rig.workers["B"] = [rig.kv.join("B1", "B", "bf16", page_bytes=73_728)]
+    rig.prefilled(tokens(40), "B")
+    pulled(rig, rig.kv.hand_off(rig.prefilled(tokens(40), "A").sequence, "B"))
+    [notice] = rig.kv.step().notices
+    assert (notice.moved, notice.spared, notice.page_bytes) == (1, 2, 73_728)
+    stats = rig.kv.stats()["pools"]
+    assert [stats["B"][name] for name in ("page_bytes", "bytes_moved", "bytes_spared")] == [73_728, 73_728, 147_456]
+    assert stats["A"]["page_bytes"] == stats["A"]["bytes_moved"] == 0
+    assert encode_batch(snapshot(rig.state)) == rig.kv.snapshot()
+
+
+def test_workers_of_a_pool_have_pages_of_the_same_bytes(make_rig: MakeRig) -> None:
+    rig = make_rig(pools("A", "B"))
+    for first, second in ((None, 512), (512, 1024)):
+        rig.kv.worker_gone(rig.workers["B"][0])
+        if first:
+            with pytest.raises(InvalidValue, match=r"join\.page_bytes: expected 512, as other workers of pool B say, got 1024"):
+                rig.kv.join("B1", "B", "bf16", page_bytes=second)
+            rig.kv.join("B1", "B", "bf16")  # does not say
+        else:
+            rig.workers["B"] = [rig.kv.join("B1", "B", "bf16", page_bytes=second)]
+    with pytest.raises(InvalidValue, match=r"join\.page_bytes"):
+        rig.kv.join("B1", "B", "bf16", page_bytes=-1)

@@ -249,3 +249,12 @@ def ended(model: Model, event: ev.HandoffEnded, turn: Turn) -> None:
         pull = worker.pulls.get(event.handoff)
         demand(pull is None or not pull.todo, f"handoff {event.handoff} ended while {worker.name} was pulling")
     model.let_go(move.source, move.source_pages)
+
+
+@follows(ev.LinkChosen)
+def link_chosen(model: Model, event: ev.LinkChosen, turn: Turn) -> None:
+    """Said by the worker itself, of one that is not known dead; what the manager tells of it is what was said last."""
+    worker, peer = model.workers[event.worker], model.workers[event.peer]
+    demand(worker.pool != peer.pool, f"{worker.name} says how it reaches {peer.name} of its own pool")
+    demand(model.replaying or event.reason == f"{worker.name} from {peer.name}", f"link of {worker.name} to {peer.name}: {event.reason}")
+    model.seen["links"] += 1
