@@ -52,7 +52,7 @@ class PoolState:
     role: str  # "prefill", "decode" or "mixed", which is both
     worker: int = 0  # 0: not ready yet
     epoch: int = 0  # life of the manager in which it joined
-    busy: int = 0  # version of the step it is running
+    busy: set[int] = field(default_factory=set)  # versions of the steps it was given and has not reported
     alive: bool = True
     draining: bool = False
 
@@ -159,11 +159,11 @@ class Scheduler:
             pool = self.pools[name]
             if message["t"] == "ready":
                 pool.worker, pool.epoch = message["worker"], message["epoch"]
-            elif message["t"] == "done" and message["version"] == pool.busy:
-                pool.busy = 0
+            elif message["t"] == "done" and message["version"] in pool.busy:
+                pool.busy.discard(message["version"])
                 self._on_tokens(message["out"], message["logits"])
-            elif message["t"] == "stale" and message["version"] == pool.busy:
-                pool.busy = 0
+            elif message["t"] == "stale" and message["version"] in pool.busy:
+                pool.busy.discard(message["version"])
                 self.on_event(f"worker {name} had to start from a snapshot: its sequences are computed again")
                 for request in self._in_pool(name):
                     self._give_up(request)
@@ -235,7 +235,7 @@ class Scheduler:
         request.restart()
 
     def _on_death(self, pool: PoolState) -> None:
-        pool.alive, pool.busy = False, 0
+        pool.alive, pool.busy = False, set()
         lost = self.client.worker_gone(pool.worker, epoch=pool.epoch) if pool.worker else []
         for sequence in lost:
             self._on_lost(sequence)
@@ -322,12 +322,15 @@ class Scheduler:
                 request.resume, request.handoff, request.target = Stage.PREFILLING, handoff, target
             elif handoff:
                 self._moves(request, handoff, target)
+        # Before work is given out: what the manager moved by itself since the last reply has grown where it is now.
+        for notice in reply.notices:
+            self._on_notice(notice)
         items: dict[str, list[list[Any]]] = {}
         self._dispatch_grown(plan, reply, items)
         self._dispatch_opened(plan, reply, items)
         for name, work in items.items():
             work.sort(key=lambda item: len(item[2]) != 4)  # sequences with one new token come first in a plan
-            self.pools[name].busy = reply.version
+            self.pools[name].busy.add(reply.version)
             self.channel.send(name, {"t": "run", "version": reply.version, "items": work})
         for index, (request, target) in enumerate(plan.hand_off):
             error = reply.error("hand_off", index)
@@ -335,8 +338,6 @@ class Scheduler:
                 self.supervisor.kill(target)  # fenced, so it must end before anybody may have its pages
             elif isinstance(error, SequenceTooLarge):
                 self._end(request, str(error))
-        for notice in reply.notices:
-            self._on_notice(notice)
 
     def _moves(self, request: Request, handoff: int, target: str) -> None:
         if request.stage is not Stage.MOVING:
