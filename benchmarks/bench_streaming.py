@@ -5,8 +5,9 @@
 
 Manager, workers, scheduler and transport are the example engine's; the model is not: layers of DeepSeek-V3's latent width that write, attend and
 multiply as such a model does, with latents whose values say what they are. Each request is a prompt of random ids and
-four generated tokens. Measured on the scheduler's clock: from the first token, which comes with the end of the last layer, to the second, which the
-decode worker computes; beside it a decode step, from the third token to the fourth. The decode worker checks every latent that came.
+four generated tokens. Measured on the host's clock, which its processes share: from the end of the prompt's last layer, seen by the prefill worker,
+to the begin of the first decode step on the decode worker; beside it what the scheduler sees, from the first token to the second, and a decode step,
+from the third token to the fourth. The decode worker checks every latent that came. --trace prints who did what when for the last request of each kind.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvmanager import KVClient, PoolConfig
+from kvmanager import KVClient, PoolConfig, Replica
 from kvmanager.attention import LatentLayout, MLABackend
 from kvmanager.attention.plan import Plan
+from kvmanager.attention.transports.base import Pull as Transfer
 from kvmanager.examples.engine.channel import SchedulerChannel, WorkerChannel
 from kvmanager.examples.engine.launch import Fleet
 from kvmanager.examples.engine.request import Request
 from kvmanager.examples.engine.scheduler import Scheduler
 from kvmanager.examples.engine.worker import Worker
+from kvmanager.worker.replica import AckContent, Pull
 
 RANK, ROPE = 512, 64
 PAGE_SIZE = 64
@@ -91,11 +94,44 @@ class Layers:
                 raise SystemExit(f"layer {layer}: the latents that came are not those that were written")
 
 
+class TracedWorker(Worker):
+    """Writes down when its steps begin and end, and when pages begin to move and have arrived: lines of seconds, pool and words."""
+
+    trace: TextIO
+
+    def note(self, *words: object) -> None:
+        print(f"{time.monotonic():.6f}", self.pool, *words, file=self.trace)
+
+    def run_next(self) -> bool:
+        if ready := self.replica.ready(self.runs[0]["version"]):
+            self.note("begin", sum(len(item[2]) // 4 for item in self.runs[0]["items"]))
+        done = super().run_next()
+        if ready:
+            self.trace.flush()
+        return done
+
+    def finished(self, version: int, sequences: list[int]) -> None:
+        self.note("end")
+        Replica.finish(self.replica, version, sequences)
+
+    def begin_pull(self, pull: Pull) -> None:
+        self.note("pulls", pull.tokens, "tokens of layers", *pull.layers(self.memory.layout.num_layers), "early" if pull.early else "")
+        super().begin_pull(pull)
+
+    def end_pull(self, pull: Pull, transfer: Transfer) -> None:
+        self.note("pulled")
+        super().end_pull(pull, transfer)
+
+    def send_ack(self, content: AckContent) -> None:
+        super().send_ack(content)
+        self.note("acknowledged")
+
+
 class BenchFleet(Fleet):
     """The engine's processes, with this file for a worker."""
 
     def start(self, pool: str, device: str, args: argparse.Namespace) -> None:
-        own = ["--as-worker", pool, "--device", device]
+        own = ["--as-worker", pool, "--device", device, "--trace-file", str(self.folder / f"{pool}.trace")]
         for name in ("layers", "chunk", "group", "heads", "hidden"):
             own += [f"--{name}", str(getattr(args, name))]
         self._start(pool, [os.path.abspath(__file__), *own, "--manager", self.manager_address, "--scheduler", self.scheduler_address])
@@ -108,10 +144,12 @@ def work(args: argparse.Namespace) -> None:
     channel = WorkerChannel(args.scheduler, args.as_worker)
     with KVClient(args.manager, timeout_ms=30_000, resend_ms=200) as client:
         model: Any = Layers(args.device, args.layers, args.heads, args.hidden)
-        worker = Worker(
+        worker = TracedWorker(
             model, client, channel, args.as_worker,
             max_tokens=args.chunk, max_batch=4, lease_ms=60_000, keep_logits=False, stream_layers=args.group,
         )  # fmt: skip
+        worker.trace = open(args.trace_file, "w")
+        worker.replica.finish = worker.finished  # type: ignore[method-assign]
         try:
             worker.serve()
         finally:
@@ -130,6 +168,23 @@ def run(scheduler: Scheduler, tokens: int, stream: bool, rng: np.random.Generato
     if request.error or request.lost or request.moves != 1:
         raise SystemExit(f"{tokens} tokens: {request.error or 'lost, or not moved'}")
     return request
+
+
+def trace_of(fleet: Fleet, since: float) -> list[tuple[float, str, str]]:
+    """What the workers wrote down after `since`, in the order of time: seconds, pool, words."""
+    lines = []
+    for pool in POOLS:
+        for line in (fleet.folder / f"{pool}.trace").read_text().splitlines():
+            at, name, words = line.split(" ", 2)
+            if float(at) >= since:
+                lines.append((float(at), name, words))
+    return sorted(lines)
+
+
+def gap_of(trace: list[tuple[float, str, str]]) -> tuple[float, float]:
+    """When the prompt's last step ended, and when the first decode step began."""
+    end = max(at for at, pool, words in trace if pool == POOLS[0] and words == "end")
+    return end, min(at for at, pool, words in trace if pool == POOLS[1] and words.startswith("begin"))
 
 
 def measure(args: argparse.Namespace, lengths: list[int]) -> list[dict[str, Any]]:
@@ -153,20 +208,24 @@ def measure(args: argparse.Namespace, lengths: list[int]) -> list[dict[str, Any]
                     for stream in (False, True):
                         request = run(scheduler, tokens, stream, rng)
                         at = request.token_times
+                        trace = trace_of(fleet, request.submitted)
+                        end, begin = gap_of(trace)
                         if repeat:  # the first of each kind compiles and maps
-                            times[stream].append((at[1] - at[0], at[3] - at[2], at[0] - request.submitted))
+                            times[stream].append((begin - end, at[1] - at[0], at[3] - at[2], at[0] - request.submitted))
+                        if args.trace and repeat == args.repeats:
+                            print(*(f"{(when - end) * 1e3:10.2f} ms  {pool:>8}  {words}" for when, pool, words in trace), sep="\n")
                 for stream, each in times.items():
-                    gap, step, first = (float(np.median([row[which] for row in each])) * 1e3 for which in range(3))
-                    rows.append({"tokens": tokens, "streamed": stream, "gap_ms": gap, "decode_step_ms": step, "first_token_ms": first,
-                                 "gaps_ms": [row[0] * 1e3 for row in each]})  # fmt: skip
+                    gap, second, step, first = (float(np.median([row[which] for row in each])) * 1e3 for which in range(4))
+                    rows.append({"tokens": tokens, "streamed": stream, "gap_ms": gap, "second_token_ms": second, "decode_step_ms": step,
+                                 "first_token_ms": first, "gaps_ms": [row[0] * 1e3 for row in each]})  # fmt: skip
                     print(
-                        f"{tokens:>7} tokens  {'streamed' if stream else 'moved when whole':>16}  first token {first:9.1f} ms  "
-                        f"then to the second {gap:8.1f} ms, of which a decode step {step:6.1f}; without it {gap - step:8.1f} ms",
+                        f"{tokens:>7} tokens  {'streamed' if stream else 'moved when whole':>16}  last layer to first decode step {gap:8.2f} ms  "
+                        f"first token after {first:9.1f} ms, second {second:8.1f} ms after it, a decode step {step:6.1f} ms",
                         flush=True,
                     )
             channel.close()
             client.disconnect()
-        except Exception:
+        except BaseException:
             print(fleet.log("prefill0"), fleet.log("decode0"), sep="\n", file=sys.stderr)
             raise
     return rows
@@ -183,7 +242,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the rows there too")
-    for name in ("--as-worker", "--manager", "--scheduler"):
+    parser.add_argument("--trace", action="store_true", help="print who did what when, for the last request of each kind")
+    for name in ("--as-worker", "--manager", "--scheduler", "--trace-file"):
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_worker:
