@@ -90,8 +90,13 @@ class Layers:
         where = torch.arange(length, device=self.device)
         for layer in range(self.num_layers):
             got = backend.memory.layer(layer)[pages].flatten(0, 1)[:length]
-            if not torch.equal(got, self.latents(layer, where)):
-                raise SystemExit(f"layer {layer}: the latents that came are not those that were written")
+            wrong = (got != self.latents(layer, where)).any(1).nonzero().flatten().tolist()
+            if wrong:
+                found = got[wrong[0], :8].tolist()
+                raise SystemExit(
+                    f"layer {layer}: {len(wrong)} of {length} latents are not those that were written, tokens {wrong[0]} to {wrong[-1]}; "
+                    f"the first begins with {found}, expected {self.latents(layer, where[wrong[:1]])[0, :8].tolist()}"
+                )
 
 
 class TracedWorker(Worker):
@@ -105,6 +110,7 @@ class TracedWorker(Worker):
     def run_next(self) -> bool:
         if ready := self.replica.ready(self.runs[0]["version"]):
             self.note("begin", sum(len(item[2]) // 4 for item in self.runs[0]["items"]))
+        self.trace.flush()
         done = super().run_next()
         if ready:
             self.trace.flush()
@@ -148,7 +154,7 @@ def work(args: argparse.Namespace) -> None:
             model, client, channel, args.as_worker,
             max_tokens=args.chunk, max_batch=4, lease_ms=60_000, keep_logits=False, stream_layers=args.group,
         )  # fmt: skip
-        worker.trace = open(args.trace_file, "w")
+        worker.trace = open(args.trace_file, "w")  # noqa: SIM115  (closed with the process)
         worker.replica.finish = worker.finished  # type: ignore[method-assign]
         try:
             worker.serve()
@@ -226,6 +232,8 @@ def measure(args: argparse.Namespace, lengths: list[int]) -> list[dict[str, Any]
             channel.close()
             client.disconnect()
         except BaseException:
+            if args.trace:
+                print(*(f"{at:.6f}  {pool:>8}  {words}" for at, pool, words in trace_of(fleet, 0)), sep="\n", file=sys.stderr)
             print(fleet.log("prefill0"), fleet.log("decode0"), sep="\n", file=sys.stderr)
             raise
     return rows

@@ -132,7 +132,8 @@ class Worker:
         progress.wait()
         wanted = [row for row, item in enumerate(items) if item[3]]
         picked = logits[wanted]
-        chosen = picked.argmax(-1).tolist()  # waits for the device: from here on the step has been run
+        chosen = picked.argmax(-1).tolist()
+        self.wait_for_device()  # a prompt's middle wants no token, so nothing has waited for it yet: from here on the step has been run
         self.replica.finish(version, [item[0] for item in items])
         # Acknowledged before the scheduler hears of it, so that what it does next finds these pages shareable and movable.
         self.acknowledge()
@@ -157,9 +158,13 @@ class Worker:
         """Make the copies that forked, truncated and partly cached sequences need, before anything else is run."""
         while (copies := self.replica.copies()) is not None:
             self.memory.copy_pages(copies.source_pages, copies.target_pages, copies.tokens)
-            if self.memory.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()  # what is acknowledged may be read by another process
+            self.wait_for_device()
             self.replica.copied(copies.version)
+
+    def wait_for_device(self) -> None:
+        """Until what was launched has been done. What is acknowledged may be read by another process at once."""
+        if self.memory.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     # --- pages ---------------------------------------------------------------------------------------------------------------
 
