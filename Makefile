@@ -44,12 +44,13 @@ $(OLDEST)/.installed: constraints-oldest.txt $(STAMP)
 gpu-test: ## the tests that need a CUDA device, with the machine's own python3, torch and triton; nothing is installed
 	@$(RUN) $(PYTHON) -m pytest tests/gpu -m gpu $(ARGS)
 
-gpu-bench: ## check the kernels, then time them: card, floor, time, percent of floor, roofline; nothing is installed
+gpu-bench: ## check the kernels, then time them: card, floor, time, percent of floor, peers; one table, a roofline; nothing is installed
 	@$(RUN) $(PYTHON) benchmarks/bench_decode.py $(ARGS)
 	@$(RUN) $(PYTHON) benchmarks/bench_write.py
 	@$(RUN) $(PYTHON) benchmarks/bench_sparse.py
 	@$(RUN) $(PYTHON) benchmarks/bench_cascade.py
 	@$(RUN) $(PYTHON) benchmarks/bench_plan.py
+	@$(RUN) $(PYTHON) benchmarks/result_files.py
 	@$(RUN) $(PYTHON) benchmarks/plot_kernels.py --png docs/roofline.png
 
 clean: ## remove build outputs and caches (.venv stays; rm -r it to begin anew)

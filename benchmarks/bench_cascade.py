@@ -12,21 +12,17 @@ that of work read once: the larger of unique latent, query and output bytes over
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from bench_decode import FORMATS
 from measure import COLD_BYTES, Times, multiplying, print_header, rested_ms
+from result_files import write_results
 
 from kvmanager.attention import shared_prefix, staging
 from kvmanager.attention.backend import MLABackend
@@ -132,16 +128,11 @@ def main() -> None:
     )
     del product
     rows = []
-    card, day = torch.cuda.get_device_name(), datetime.datetime.now(datetime.UTC).date().isoformat()
-    folder = Path(os.environ.get("KVMANAGER_RESULTS") or Path(__file__).with_name("results"))
-    folder.mkdir(parents=True, exist_ok=True)
-    head = {"date": day, "card": card, "torch": torch.__version__, "triton": triton.__version__}
     ceilings = {"copy_gb_s": copy, "read_gb_s": read, "matmul_tflop_s": matmul.burst}
-    path = folder / f"cascade-{card.replace(' ', '-')}-{day}.json"
     for shape in sys.argv[1:] or SHAPES:
         rows.append(bench(shape, max(copy, read), matmul))
         torch.cuda.empty_cache()
-        path.write_text(json.dumps({**head, **ceilings, "rows": rows}, indent=1) + "\n")
+        write_results("cascade", rows, **ceilings)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,15 @@ The table goes to benchmarks/results/, or to the folder that $KVMANAGER_RESULTS 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import os
 import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from measure import COLD_BYTES, Times, multiplying, print_header, rested_ms
 from peers import flashinfer, flashmla
+from result_files import write_results
 
 from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import Problem, check_attention, make_problem
@@ -113,17 +109,12 @@ def main() -> None:
     matmul = Times(*(flops / ms / 1e9 for ms in rested_ms([product] * 8)))
     print(f"bf16 matmul on a rested card {matmul.burst:,.0f} TFLOP/s, sustained {matmul.sustained:,.0f}", flush=True)
     del product
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shape in sys.argv[1:] or SHAPES:
         rows.append(bench(shape, max(copy, read), matmul))
         torch.cuda.empty_cache()
-    card, day = torch.cuda.get_device_name(), datetime.datetime.now(datetime.UTC).date().isoformat()
-    folder = Path(os.environ.get("KVMANAGER_RESULTS") or Path(__file__).with_name("results"))
-    folder.mkdir(parents=True, exist_ok=True)
-    head = {"date": day, "card": card, "torch": torch.__version__, "triton": triton.__version__}
     ceilings = {"copy_gb_s": copy, "read_gb_s": read, "matmul_tflop_s": matmul.burst, "sustained_matmul_tflop_s": matmul.sustained}
-    path = folder / f"decode-{card.replace(' ', '-')}-{day}.json"
-    path.write_text(json.dumps({**head, **ceilings, "rows": rows}, indent=1) + "\n")
+    write_results("decode", rows, **ceilings)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,22 @@
     python3 benchmarks/bench_invariant.py [SHAPE ...]
 
 SHAPE as in bench_decode.py. Every time is of one call, merge included and plan outside, by graph replay over layers that don't fit the L2
-cache; each is checked against the float64 reference first. Times are bursts on a rested card, the two schedules one after the other; the last
-column is the default length of a piece. The table goes to benchmarks/results/, or to the folder that $KVMANAGER_RESULTS names.
+cache; each is checked against the float64 reference first. Times are bursts on a rested card, the two schedules one after the other, and FlashMLA's
+where it is there (peers.py); the last column is the default length of a piece. The table goes to benchmarks/results/, or to the folder that $KVMANAGER_RESULTS names.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import triton
 from bench_decode import SHAPES, backend_of, problem_of
 from measure import graph_of, median, replay_ms
+from peers import flashmla
+from result_files import write_results
 
 from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import Problem, check_attention
@@ -28,21 +27,29 @@ from kvmanager.attention.options import Options, piece_tokens
 PIECES = (512, 1024, 2048, 4096)
 
 
+def layers_of(problem: Problem) -> list[int]:
+    layers = problem.memory.layout.num_layers
+    return [index % layers for index in range(max(8, layers))]
+
+
+def replayed_ms(calls: list[Callable[[], object]]) -> float:
+    """Of a burst, on a card that has rested a little."""
+    graph = graph_of(calls)
+    time.sleep(0.2)
+    return median(replay_ms(graph, len(calls), 15))
+
+
 def burst_ms(problem: Problem, backend: MLABackend, query_len: int) -> float:
     graph_batch = problem.tables.batch if query_len == 1 else None
     attend = backend.decode if query_len == 1 else backend.prefill
     plan = backend.plan(problem.tables, problem.query_lens, graph_batch=graph_batch)
-    layers = problem.memory.layout.num_layers
-    check_attention(problem, layers - 1, *attend(plan, layers - 1, problem.q[layers - 1]))
-    order = [index % layers for index in range(max(8, layers))]
-    graph = graph_of([lambda layer=layer: attend(plan, layer, problem.q[layer]) for layer in order])
-    time.sleep(0.2)
-    return median(replay_ms(graph, len(order), 15))
+    last = problem.memory.layout.num_layers - 1
+    check_attention(problem, last, *attend(plan, last, problem.q[last]))
+    return replayed_ms([lambda layer=layer: attend(plan, layer, problem.q[layer]) for layer in layers_of(problem)])  # type: ignore[misc]
 
 
 def main() -> None:
-    card, day = torch.cuda.get_device_name(), datetime.datetime.now(datetime.UTC).date().isoformat()
-    print(f"card {card}  torch {torch.__version__}  triton {triton.__version__}; ms, and times the free schedule")
+    print(f"card {torch.cuda.get_device_name()}  torch {torch.__version__}  triton {triton.__version__}; ms, and times the free schedule")
     print(f"{'shape':>20} {'free':>8}" + "".join(f"{f'pieces {tokens}':>18}" for tokens in PIECES) + "   default")
     rows = []
     for shape in sys.argv[1:] or SHAPES:
@@ -60,14 +67,12 @@ def main() -> None:
             row[f"invariant_{tokens}_ms"] = ms
             line += f"{ms:10.4f} ({ms / free:4.2f})"
             torch.cuda.empty_cache()
-        print(f"{line}   {default}", flush=True)
+        if (peer := flashmla(problem, query_len)) is not None:
+            row["FlashMLA_ms"] = ms = replayed_ms([lambda layer=layer: peer(layer) for layer in layers_of(problem)])  # type: ignore[misc]
+            line += f"   FlashMLA, whose kernel for Hopper has no such mode, {ms:.4f} ({ms / free:.2f})"
+        print(f"{line}   default {default}", flush=True)
         rows.append(row)
-    folder = Path(os.environ.get("KVMANAGER_RESULTS") or Path(__file__).with_name("results"))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"invariant-{card.replace(' ', '-')}-{day}.json"
-    path.write_text(
-        json.dumps({"date": day, "card": card, "torch": torch.__version__, "triton": triton.__version__, "rows": rows}, indent=1)
-    )
+    write_results("invariant", rows)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,10 @@ to benchmarks/results/, or to the folder that $KVMANAGER_RESULTS names.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-from pathlib import Path
 
 import torch
-import triton
 from measure import graph_of, median, print_header, replay_ms
+from result_files import write_results
 
 from kvmanager.attention import LongPrefill, MLABackend, reference
 from kvmanager.attention.compare import EXPANDED_LSE, EXPANDED_OUT, Heads, Problem, make_heads, make_problem
@@ -100,11 +96,7 @@ def main() -> None:
             print(
                 f"  context {context}, {options.heads} heads: {name} is faster from {faster[0] if faster else 'none of these'} query tokens"
             )
-    card, day = torch.cuda.get_device_name(), datetime.datetime.now(datetime.UTC).date().isoformat()
-    folder = Path(os.environ.get("KVMANAGER_RESULTS", Path(__file__).parent / "results"))
-    file = folder / f"prefill-{card.replace(' ', '-')}-{options.heads}-heads-{day}.json"
-    made = {"card": card, "torch": torch.__version__, "triton": triton.__version__, "heads": options.heads, "matmul_tflops": matmul}
-    file.write_text(json.dumps({**made, "ms": rows}, indent=1) + "\n")
+    write_results(f"prefill-{options.heads}-heads", rows, heads=options.heads, matmul_tflop_s=matmul)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,13 @@ copying and reading), or FLOPs over the matmul rate, measured in the same run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from bench_decode import FORMATS
 from measure import graph_ms, print_header
+from peers import flashmla_listed
+from result_files import write_results
 
 from kvmanager.attention import reference
 from kvmanager.attention.backend import MLABackend
@@ -21,7 +25,7 @@ TOPK = 2048
 NUM_LAYERS = 2
 
 
-def bench(tokens: int, heads: int, stored_as: str | None, bandwidth: float, matmul: float) -> None:
+def bench(tokens: int, heads: int, stored_as: str | None, bandwidth: float, matmul: float) -> dict[str, Any]:
     layout = LatentLayout(512, 64, NUM_LAYERS, **FORMATS[stored_as])
     problem = make_problem(layout, [8192] * tokens, [1] * tokens, heads, "cuda", written=True)
     pages = [-(-int(length) // layout.page_size) for length in problem.tables.lengths]
@@ -42,19 +46,28 @@ def bench(tokens: int, heads: int, stored_as: str | None, bandwidth: float, matm
     num_bytes = tokens * TOPK * layout.slot_bytes + tokens * heads * 1088 * 2
     flops = tokens * TOPK * heads * 2176
     floor = max(num_bytes / bandwidth / 1e6, flops / matmul / 1e9)
+    row = {"shape": f"{tokens}x{heads}, {TOPK:,} slots, {layout.dtype}", "floor_ms": floor, "ours_ms": ms}
+    if (peer := flashmla_listed(problem, lists)) is not None:
+        theirs, _ = peer(1)  # type: ignore[misc]
+        assert_close(theirs[:, 0].float(), lse, out.float(), lse)
+        row["FlashMLA_ms"] = graph_ms([lambda index=index: peer(index) for index in range(len(lists))])  # type: ignore[misc]
     print(
         f"{tokens:>4} x {heads:>3} heads  {layout.dtype:>13}  floor {floor:.4f} ms  {ms:.4f} ms {floor / ms:6.1%}"
-        f"  {num_bytes / ms / 1e6:6,.0f} GB/s  {flops / ms / 1e9:4.0f} TFLOP/s",
+        f"  {num_bytes / ms / 1e6:6,.0f} GB/s  {flops / ms / 1e9:4.0f} TFLOP/s"
+        + (f"  FlashMLA {row['FlashMLA_ms']:.4f} ms" if "FlashMLA_ms" in row else ""),
         flush=True,
     )
+    return row
 
 
 def main() -> None:
     copy, read, matmul = print_header()
+    rows = []
     for tokens, heads in ((128, 16), (64, 128), (4, 16), (4, 128)):
         for stored_as in FORMATS:
-            bench(tokens, heads, stored_as, max(copy, read), matmul)
+            rows.append(bench(tokens, heads, stored_as, max(copy, read), matmul))
             torch.cuda.empty_cache()
+    write_results("sparse", rows, copy_gb_s=copy, read_gb_s=read, matmul_tflop_s=matmul)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 from measure import COLD_BYTES, graph_ms, print_header
+from result_files import write_results
 
 from kvmanager.attention import torch_path
 from kvmanager.attention.layout import LatentLayout
@@ -33,7 +35,7 @@ def _empty_kernel(pointer):
     pass
 
 
-def bench(num_tokens: int, name: str, copy: float, empty_ms: float) -> None:
+def bench(num_tokens: int, name: str, copy: float, empty_ms: float) -> list[dict[str, Any]]:
     layout = LAYOUTS[name]
     memory = PageMemory(layout, 4096, "cuda")
     memory.pages.view(torch.uint8).zero_()
@@ -75,6 +77,11 @@ def bench(num_tokens: int, name: str, copy: float, empty_ms: float) -> None:
     for what, ms in times.items():
         line += f"  {what} {ms * 1e3:6.2f} us {floor / ms:6.1%} {ms / empty_ms:5.2f} x empty"
     print(line, flush=True)
+    shared = {"floor_ms": max(floor, empty_ms), "empty_ms": empty_ms}
+    rows = [{"shape": f"{num_tokens} tokens, {name}", **shared, "ours_ms": times["write"]}]
+    if name == "bf16":
+        rows[0]["index_copy_ms"] = times["torch index_copy_ (one contiguous layer)"]
+    return [*rows, {"shape": f"{num_tokens} tokens, {name}, raw", **shared, "ours_ms": times["raw"]}]
 
 
 def main() -> None:
@@ -82,10 +89,12 @@ def main() -> None:
     target = torch.zeros(16, device="cuda")
     empty_ms = graph_ms([lambda: _empty_kernel[(1,)](target)] * 64)
     print(f"512 + 64, page 64, 4 layers page-major, random slots; bytes checked first; an empty launch {empty_ms * 1e3:.2f} us")
+    rows: list[dict[str, Any]] = []
     for num_tokens in map(int, sys.argv[1:] or ("128", "4096", "65536")):
         for name in LAYOUTS:
-            bench(num_tokens, name, copy, empty_ms)
+            rows += bench(num_tokens, name, copy, empty_ms)
             torch.cuda.empty_cache()
+    write_results("write", rows, copy_gb_s=copy)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from kvmanager.attention.compare import Problem
 
-__all__ = ["flashinfer", "flashmla"]
+__all__ = ["flashinfer", "flashmla", "flashmla_listed"]
 
 FLASHINFER_WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
 
@@ -40,6 +40,28 @@ def flashmla(problem: Problem, query_len: int) -> Callable[[int], object] | None
     def call(layer: int) -> object:
         q = problem.q[layer].view(tables.batch, query_len, -1, layout.entry)
         return flash_mla_with_kvcache(q, caches[layer], table, lengths, 512, plan, None, softmax_scale=problem.scale, causal=True)
+
+    return call
+
+
+def flashmla_listed(problem: Problem, lists: list[torch.Tensor]) -> Callable[[int], object] | None:
+    """A call of FlashMLA's sparse decode on one of `lists` [tokens, topk], slots of an fp8_ds_mla cache; None where it is missing or does not take it."""
+    layout, (tokens, heads) = problem.memory.layout, problem.q.shape[1:3]
+    if layout.dtype != "fp8_ds_mla" or layout.page_size != 64 or heads not in (64, 128):
+        return None
+    try:
+        from vllm.third_party.flashmla.flash_mla_interface import flash_mla_with_kvcache, get_mla_metadata
+    except ImportError:
+        return None
+    caches = [problem.memory.layer(layer).contiguous().unsqueeze(2) for layer in range(layout.num_layers)]
+    plan, _ = get_mla_metadata()
+
+    def call(index: int) -> object:
+        layer = index % layout.num_layers
+        q, listed = problem.q[layer].view(tokens, 1, heads, layout.entry), lists[index].view(tokens, 1, -1)
+        return flash_mla_with_kvcache(
+            q, caches[layer], None, None, 512, plan, softmax_scale=problem.scale, is_fp8_kvcache=True, indices=listed
+        )
 
     return call
 
