@@ -33,9 +33,9 @@ def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
         raise InvalidValue(field, "one of " + ", ".join(choices), value)
 
 
-def check_page_size(value: object) -> None:
+def check_page_size(value: object, field: str = "page_size") -> None:
     """Raises InvalidValue unless kernels take pages of so many token slots; the manager's own limit is wider."""
-    _check_int("page_size", value, DIM_MULTIPLE, PAGE_SIZE_MAX, DIM_MULTIPLE)
+    _check_int(field, value, DIM_MULTIPLE, PAGE_SIZE_MAX, DIM_MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,7 @@ def _print_tables(console: Console, rows: list[dict[str, Any]], pages: dict[str,
 @click.option("--prefill-workers", default=1)
 @click.option("--decode-workers", default=1)
 @click.option("--page-size", default=16, help="Token slots a page: a multiple of 16 in 16..128.")
+@click.option("--decode-page-size", default=0, help="The same for decode workers; 0: as --page-size.")
 @click.option("--prefill-pages", default=256, help="Pages of each prefill worker's pool.")
 @click.option("--decode-pages", default=256, help="Pages of each decode worker's pool.")
 @click.option("--chunk-tokens", default=64, help="Prompt tokens a prefill step computes at most.")
@@ -122,6 +123,7 @@ def main(
     prefill_workers: int,
     decode_workers: int,
     page_size: int,
+    decode_page_size: int,
     prefill_pages: int,
     decode_pages: int,
     chunk_tokens: int,
@@ -165,6 +167,7 @@ def main(
                 chunk_tokens,
                 keep_logits=dtype != "float32",
                 keep_latents=dtype == "float32",
+                decode_page_size=decode_page_size,
             )
             _run(console, config, prompts, new_tokens, kill_decode_after, as_json)
     except KVError as error:

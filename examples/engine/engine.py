@@ -25,6 +25,7 @@ class EngineConfig:
     devices        of the workers in the order of `pools()`, if they are not all on `device`
     mixed_workers  workers that prefill and decode in the same steps, in pools of decode_pages: instead of the others, to compare
     page_size      token slots a page, one that the kernels take
+    decode_page_size  the same of the decode workers' pools, and of mixed ones; 0: as the others. Pages are regathered on their way
     prefill_pages, decode_pages  pages of each worker's pool
     chunk_tokens   prompt tokens a prefill step computes at most
     stream_layers  prompts go to their decode worker while they are computed, whole chunks and groups of so many layers; 0: once they are
@@ -46,6 +47,7 @@ class EngineConfig:
     mixed_workers: int = 0
     devices: tuple[str, ...] = ()
     stream_layers: int = 0
+    decode_page_size: int = 0
 
     def __post_init__(self) -> None:
         least = 0 if self.mixed_workers else 1
@@ -56,15 +58,22 @@ class EngineConfig:
         if self.devices and len(self.devices) != workers:
             raise InvalidValue("devices", f"one for each of {workers} workers, or none", len(self.devices))
         check_page_size(self.page_size)  # here, and not minutes later in a worker's log
+        if self.decode_page_size:
+            check_page_size(self.decode_page_size, "decode_page_size")
 
     def pools(self) -> list[PoolConfig]:
         """prefill0, prefill1, ..., decode0, decode1, ..., mixed0, ..."""
         roles = (
-            ("prefill", self.prefill_workers, self.prefill_pages),
-            ("decode", self.decode_workers, self.decode_pages),
-            ("mixed", self.mixed_workers, self.decode_pages),
+            ("prefill", self.prefill_workers, self.prefill_pages, self.page_size),
+            ("decode", self.decode_workers, self.decode_pages, self.decode_page_size or self.page_size),
+            ("mixed", self.mixed_workers, self.decode_pages, self.decode_page_size or self.page_size),
         )
-        return [PoolConfig(f"{role}{number}", pages, self.page_size, role) for role, count, pages in roles for number in range(count)]
+        return [PoolConfig(f"{role}{number}", pages, size, role) for role, count, pages, size in roles for number in range(count)]
+
+    @property
+    def tokens_max(self) -> int:
+        """Of a request, new ones included: what fits each pool."""
+        return min(pool.num_pages * pool.page_size for pool in self.pools())
 
 
 class Engine:
@@ -100,7 +109,7 @@ class Engine:
                 channel,
                 self.fleet,
                 {pool.name: pool.group for pool in pools},
-                page_size=config.page_size,
+                page_size=min(pool.page_size for pool in pools),
                 chunk_tokens=config.chunk_tokens,
                 keep_latents=config.keep_latents,
                 stream=config.stream_layers > 0,
@@ -117,7 +126,7 @@ class Engine:
     def submit(self, prompt: list[int], max_new_tokens: int) -> Request:
         """Queue a prompt. Raises InvalidValue if it can never fit a pool."""
         needed = len(prompt) + max_new_tokens
-        slots = self.config.page_size * min(pool.num_pages for pool in self.config.pools())
+        slots = self.config.tokens_max
         if not prompt or needed > slots:
             raise InvalidValue("prompt", f"1..{slots} tokens, prompt and {max_new_tokens} new ones together", needed)
         return self.scheduler.submit(prompt, max_new_tokens)

@@ -58,8 +58,9 @@ def test_a_difference_ends_with_exit_code_1(checkpoint: Callable[..., Path], mon
         (["--page-size", "20"], "page_size: expected a multiple of 16 from 16 to 128, got 20"),
         (["--model", "/nowhere"], "config.json"),
         (["--decode-pages", "2"], "prompt: expected 1..32 tokens"),
+        (["--decode-page-size", "64", "--decode-pages", "1"], "prompt: expected 1..64 tokens"),
     ],
-    ids=["page-size", "model", "too-small"],
+    ids=["page-size", "model", "too-small", "one-large-page"],
 )
 def test_wrong_use_exits_2_and_names_the_field(arguments: list[str], expected: str) -> None:
     done = run_demo(*arguments)

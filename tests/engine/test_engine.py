@@ -152,6 +152,15 @@ def test_a_request_that_can_never_fit_is_refused_at_once(engine: Engine) -> None
         engine.submit([], 20)
 
 
+def test_what_fits_is_counted_in_slots_of_the_smaller_pool(tmp_path: Path) -> None:
+    """Not in pages: 20 pages of 64 hold more than 40 of 16."""
+    config = EngineConfig(tmp_path, page_size=64, decode_page_size=16, prefill_pages=20, decode_pages=40)
+    assert [(pool.name, pool.page_size, pool.num_pages) for pool in config.pools()] == [("prefill0", 64, 20), ("decode0", 16, 40)]
+    assert config.tokens_max == 40 * 16
+    with pytest.raises(InvalidValue, match=r"^decode_page_size: expected a multiple of 16 from 16 to 128, got 20$"):
+        EngineConfig(tmp_path, decode_page_size=20)
+
+
 def _serve_until(engine: Engine, requests: list[Request], ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not ready():

@@ -82,6 +82,50 @@ def test_prompts_that_are_streamed_while_they_are_computed_give_the_same_tokens(
         assert_served(engine, checkpoint, requests)
 
 
+@pytest.mark.parametrize("stream_layers", [0, 1], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("page_size", "decode_page_size"), [(64, 16), (16, 64)])
+def test_pools_of_different_page_sizes_give_the_same_tokens(
+    checkpoint: Path, page_size: int, decode_page_size: int, stream_layers: int
+) -> None:
+    """Pages are regathered on their way; prompts that begin alike share whole pages of either size, and a decoded text is found by the next turn."""
+    config = EngineConfig(
+        checkpoint, page_size=page_size, decode_page_size=decode_page_size, chunk_tokens=48, keep_latents=True, stream_layers=stream_layers
+    )
+    with Engine(config) as engine:
+        longest = max(prompts(), key=len)
+        first = [engine.submit(prompt, 12) for prompt in (*prompts(), longest + prompts()[2])]
+        until(engine, first, lambda: engine.idle)
+        again = [engine.submit(longest + longest[:20], 70)]
+        until(engine, again, lambda: engine.idle)
+        turn = [engine.submit(again[0].tokens + [1, 2, 3], 5)]
+        until(engine, turn, lambda: engine.idle)
+        assert again[0].pages_shared == len(longest) // decode_page_size
+        written = len(longest) + 20 + 69
+        # What the decode worker told of its own tokens, in whole groups of the smallest page, and fills whole pages there.
+        assert turn[0].pages_shared >= (written - 16) // decode_page_size > again[0].pages_shared
+        requests = [*first, *again, *turn]
+        assert [each.pages_moved + each.pages_shared for each in requests] == [-(-len(each.prompt) // decode_page_size) for each in requests]
+        assert sum(each.lost + each.preempted for each in requests) == 0
+        assert_served(engine, checkpoint, requests)
+
+
+def test_a_decoding_request_moves_between_page_sizes(checkpoint: Path) -> None:
+    """From pages of 16 into a pool of 64, where it rests, and back, in the middle of its text: both last pages are partly filled."""
+    config = EngineConfig(checkpoint, page_size=64, decode_page_size=16, keep_latents=True)
+    with Engine(config) as engine:
+        requests = [engine.submit(prompt, 50) for prompt in prompts()]
+        until(engine, requests, lambda: all(len(each.generated) > 3 for each in requests))
+        for where in ("prefill0", "decode0"):
+            for request in requests[::2]:
+                engine.scheduler.migrate(request, where)
+            until(engine, requests, lambda where=where: all(each.pool == where for each in requests[::2]))
+        assert not any(each.over for each in requests[::2])
+        until(engine, requests, lambda: engine.idle)
+        assert [each.moves for each in requests] == [3, 1, 3, 1]
+        assert sum(each.lost + each.preempted for each in requests) == 0
+        assert_served(engine, checkpoint, requests)
+
+
 def test_a_prompt_that_is_streamed_into_a_full_pool_goes_there_later(checkpoint: Path) -> None:
     config = EngineConfig(checkpoint, page_size=PAGE, decode_pages=8, chunk_tokens=32, keep_latents=True, stream_layers=1)
     with Engine(config) as engine:
