@@ -19,6 +19,7 @@ from kvmanager.service import wire
 from kvmanager.simulator.books import Broken, Chore, Work, Worker, demand
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.pools import layout_of
 from kvmanager.simulator.world import Network, World
 from kvmanager.worker.replica import AckContent, Pull, Replica
 
@@ -209,7 +210,8 @@ class Body:
             self._look()
 
         if self.alive:
-            command = Join(self.name, self.model.config.pools[self.pool].name, "layout", seen=1)
+            pool = self.model.config.pools[self.pool]
+            command = Join(self.name, pool.name, layout_of(pool), seen=1)
             self.caller.ask(command_to_wire(command), lambda reply: self.receive(answered, reply), self.patience_us)
 
     def published(self, topic: bytes, data: bytes) -> None:
@@ -391,7 +393,7 @@ class Body:
         ongoing = any(each.handoff == pull.handoff and each.early >= pull.early for each in self.replica.pulls())
         books = self.joined.pulls.get(pull.handoff) if self.joined is not None else None
         failed = self.world.faults.happens("skip", self.world.rng)
-        if not ongoing or failed or at == len(pull.source_pages):
+        if not ongoing or failed or at == len(pull.target_pages):
             del self._copies[pull.handoff]
             if self.joined is not None:
                 self.joined.early.pop(pull.handoff, None)
@@ -401,24 +403,26 @@ class Body:
                     books.fail()
                 self.replica.pull_failed(pull.handoff, "sums differ")
             else:
-                if books is not None and at == len(pull.source_pages):
+                if books is not None and at == len(pull.target_pages):
                     self._count_streamed(books)
                 self.replica.pulled(pull.handoff)
             self._look()
             return
         if pull.handoff in self._streamed:
             self._copy_layers(pull, at)
-        source, target = int(pull.source_pages[at]), int(pull.target_pages[at])
-        item = next((item for item in books.todo if item[1] == target), None) if books is not None else None
+        target = int(pull.target_pages[at])
+        item = next((item for item in books.todo if item.target == target), None) if books is not None else None
         if books is not None and item is not None and not pull.early:
-            got = books.source[source, : len(item[2])].tolist()
+            pages, slots = _where(pull, at)
+            read = books.source[pages, slots]
+            got, stamps = read[: len(item.stamps)].tolist(), item.stamps
             # Once aborted, the source may die and be somebody else's: what is copied then is never used.
             demand(
-                books.aborted_at or (item[0] == source and got == item[2]),
-                f"handoff {pull.handoff}: {self.name} pulled page {source} and read {got[:4]}, not {item[2][:4]}",
+                books.aborted_at or (list(dict.fromkeys(pages.tolist())) == item.pages and got == stamps),
+                f"handoff {pull.handoff}: {self.name} pulled pages {pages} and read {got[:4]}, not {stamps[:4]}",
             )
             if pull.handoff not in self._streamed:
-                self.memory[target] = books.source[source]
+                self.memory[target, : len(read)] = read
                 books.todo.remove(item)
         self._later(int(self.world.rng.random() * self._page_us), self._copy, pull, at + 1)
 
@@ -427,16 +431,16 @@ class Body:
         assert self.joined is not None
         peer = self.model.workers.get(pull.peer.worker)
         if peer is not None:
-            source, target = int(pull.source_pages[at]), int(pull.target_pages[at])
+            (pages, slots), target = _where(pull, at), int(pull.target_pages[at])
             first, end = pull.layers(LAYERS)
             layers = self._streamed[pull.handoff].setdefault(target, np.full((LAYERS, len(self.memory[target])), GARBAGE))
-            layers[first:end] = peer.memory[source]
+            layers[first:end, : len(pages)] = peer.memory[pages, slots]
             self.memory[target] = np.where((layers == layers[0]).all(axis=0), layers[0], GARBAGE)
 
     def _count_streamed(self, books: Any) -> None:
         """What has arrived piece by piece is not to be pulled any more, once it is right."""
-        for item in [item for item in books.todo if item[1] in self._streamed.get(books.handoff, {})]:
-            if self.memory[item[1], : len(item[2])].tolist() == item[2]:
+        for item in [item for item in books.todo if item.target in self._streamed.get(books.handoff, {})]:
+            if self.memory[item.target, : len(item.stamps)].tolist() == item.stamps:
                 books.todo.remove(item)
 
     def _drop_pulls(self) -> None:
@@ -467,3 +471,12 @@ class Body:
             return
         demand(not isinstance(reply, KVError), f"acknowledgement of {self.name} refused: {reply}")
         self._look()
+
+
+def _where(pull: Pull, at: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pages and slots of the source that target page `at` of a pull is made of: whole pages of one size, else as many tokens as it says."""
+    theirs, ours = pull.source_page_size, pull.target_page_size
+    if theirs == ours:
+        return np.full(ours, pull.source_pages[at]), np.arange(ours)
+    place = pull.source_skip + np.arange(at * ours, min((at + 1) * ours, pull.tokens))
+    return pull.source_pages[place // theirs], place % theirs

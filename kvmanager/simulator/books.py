@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvmanager.machine.commands import Command, Open
 
-__all__ = ["PAGE", "Broken", "Chore", "Move", "Pull", "Stamps", "Text", "Turn", "Work", "Worker", "demand"]
+__all__ = ["PAGE", "Broken", "Chore", "Item", "Move", "Pull", "Stamps", "Text", "Turn", "Work", "Worker", "demand"]
 
-PAGE = 16
+PAGE = 16  # slots of the pages that most pools have, and what lengths are drawn around
 
 
 class Broken(AssertionError):
@@ -89,16 +89,37 @@ class Chore:
         return [self.source, self.target] if self.stamps else []
 
 
+class Item(NamedTuple):
+    """One page of a pull: `runs` (page, first slot, slots) of the source, one behind the other, are the first slots of `target`; they hold
+    `stamps`, and behind those whatever it is."""
+
+    runs: tuple[tuple[int, int, int], ...]
+    target: int
+    stamps: list[int]
+
+    @property
+    def pages(self) -> list[int]:
+        """The source's, in order."""
+        return [page for page, _, _ in self.runs]
+
+    def read(self, source: np.ndarray) -> np.ndarray:
+        """What a puller finds there now."""
+        if len(self.runs) == 1:
+            page, slot, slots = self.runs[0]
+            return source[page, slot : slot + slots]
+        return np.concatenate([source[page, slot : slot + slots] for page, slot, slots in self.runs])
+
+
 @dataclass
 class Pull:
     handoff: int
     source_pool: int
     source: np.ndarray
-    todo: list[tuple[int, int, list[int]]]  # source page, target page, stamps
+    todo: list[Item]
     aborted_at: int = 0
     attempt: int = 0
     failed: bool = False  # this try has ended without success, and carries nothing on
-    whole: list[tuple[int, int, list[int]]] = field(default_factory=list)  # what a try begins with
+    whole: list[Item] = field(default_factory=list)  # what a try begins with
 
     def fail(self) -> None:
         self.failed = True

@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.config import ManagerConfig
 from kvmanager.errors import KVError
 from kvmanager.machine import events as ev
 from kvmanager.machine.apply import apply
@@ -30,6 +30,7 @@ from kvmanager.simulator import operations  # noqa: F401 - for what they registe
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.questions import check_answer
+from kvmanager.simulator.pools import draw_pool, draw_sizes, layout_of
 from kvmanager.simulator.registry import ACTIONS, DRAWS, HEALERS
 from kvmanager.simulator.replies import check_refusals, check_reply
 
@@ -46,8 +47,9 @@ class Driver:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
         self.seed = seed
+        sizes = draw_sizes(rng)
         pools = tuple(
-            PoolConfig(name, rng.randint(5, 12), page_size=PAGE, workers=rng.choice((1, 2)), partial_match=rng.choice((0, 0, 1, 5)))
+            draw_pool(rng, name, sizes, rng.randint(5, 12), workers=rng.choice((1, 2)), partial_match=rng.choice((0, 0, 1, 5)))
             for name in ("A", "B", "C")[: rng.choice((2, 2, 3))]
         )
         self.config = ManagerConfig(
@@ -86,7 +88,7 @@ class Driver:
         self.failing = rng.choice((0, 0.1, 0.4))
         for pool in pools:
             for rank in range(pool.workers):
-                self.send(Join(f"{pool.name}{rank}", pool.name, "layout"), 100)
+                self.send(Join(f"{pool.name}{rank}", pool.name, layout_of(pool)), 100)
 
     def load(self) -> State:
         return load_snapshot(self.config, decode_batch(encode_batch(snapshot(self.manager.state))))
@@ -229,7 +231,7 @@ class Driver:
                 if f"{pool.name}{rank}" not in names and not any(
                     worker.name == f"{pool.name}{rank}" for worker in self.model.crew(number, fenced=True)
                 ):
-                    self.send(Join(f"{pool.name}{rank}", pool.name, "layout"), 100)
+                    self.send(Join(f"{pool.name}{rank}", pool.name, layout_of(pool)), 100)
 
     def tick(self, jump: int) -> None:
         self.now += jump
@@ -269,7 +271,7 @@ class Driver:
             counts = each.counts()
             demand(counts.free + counts.cached == counts.total, f"pool {each.name} at the end: {counts}")
         for pool in self.config.pools:
-            reply = self.send(Step(opens=[Open([3] * (pool.num_pages * PAGE), pool.name, chunk=1 << 20)]), 1)
+            reply = self.send(Step(opens=[Open([3] * (pool.num_pages * pool.page_size), pool.name, chunk=1 << 20)]), 1)
             demand(reply is not None and reply["opened"][0], f"pool {pool.name} at the end: {reply}")
         self.settle()
         for client in self.SCHEDULERS:

@@ -17,17 +17,18 @@ from kvmanager.config import ManagerConfig
 from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.state import State
 from kvmanager.simulator import books
-from kvmanager.simulator.books import PAGE, Broken, Chore, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
+from kvmanager.simulator.books import Broken, Chore, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
 from kvmanager.simulator.registry import FOLLOWERS
 
 __all__ = ["Model"]
 
-_KEPT = ("config", "stamps", "memories", "seen", "replaying")
+_KEPT = ("config", "sizes", "stamps", "memories", "seen", "replaying")
 
 
 class Model:
     def __init__(self, config: ManagerConfig) -> None:
         self.config = config
+        self.sizes = [pool.page_size for pool in config.pools]  # slots of a page of each pool
         self.stamps = Stamps()
         self.texts: dict[int, Text] = {}
         self.moves: dict[int, Move] = {}
@@ -75,20 +76,31 @@ class Model:
         """A place's page memory. It comes back as it was left: whatever is read without being written first is garbage."""
         found = self.memories.get((pool, name))
         if found is None:
-            found = self.memories[pool, name] = np.zeros((self.config.pools[pool].num_pages, PAGE), np.int64)
+            found = self.memories[pool, name] = np.zeros((self.config.pools[pool].num_pages, self.sizes[pool]), np.int64)
         return found
 
     def crew(self, pool: int, fenced: bool = False) -> list[Worker]:
         return [worker for worker in self.workers.values() if worker.pool == pool and (fenced or not worker.fenced)]
 
-    def indexed_run(self, index: dict[int, tuple[int, int]], stamps: list[int], pages_max: int) -> list[int]:
+    def indexed_run(self, pool: int, index: dict[int, tuple[int, int]], stamps: list[int], tokens_max: int) -> list[int]:
+        """Pages of the pool's `index` that hold the first of these stamps, at most `tokens_max` of them."""
         run: list[int] = []
-        while len(run) < pages_max and (len(run) + 1) * PAGE <= len(stamps):
-            found = index.get(stamps[(len(run) + 1) * PAGE - 1])
+        size = self.sizes[pool]
+        for end in range(size, min(len(stamps), tokens_max) + 1, size):
+            found = index.get(stamps[end - 1])
             if found is None:
                 break
             run.append(found[0])
         return run
+
+    def pages_of(self, pool: int, tokens: int) -> int:
+        """How many the pool needs for so many tokens."""
+        return -(-tokens // self.sizes[pool])
+
+    def pages_in(self, text: Text, pool: int) -> int:
+        """How many it needs for a sequence that comes from another pool, with what that has reserved."""
+        ours, theirs = self.sizes[pool], self.sizes[text.pool]
+        return len(text.pages) if ours == theirs else -(-max(text.length, text.reserved * theirs) // ours)
 
     def let_go_up_to(self, pool: int) -> int:
         """Pages let go up to this version nobody can be touching: after a restart, none before all workers of all pools have heard of it."""
@@ -105,8 +117,9 @@ class Model:
         for worker in self.crew(pool):
             if worker.acked < self.begun:
                 continue  # it may have followed an end of the log that was lost, and ends once it hears of it
+            size = self.sizes[pool]
             for place, page in enumerate(pages):
-                expected = stamps[place * PAGE : (place + 1) * PAGE]
+                expected = stamps[place * size : (place + 1) * size]
                 got = worker.memory[page, : len(expected)].tolist()
                 demand(got == expected, f"{what}: pool {pool}, page {page} of {worker.name} holds {got[:4]}, not {expected[:4]}")
 
@@ -136,13 +149,14 @@ class Model:
             ]:
                 demand(page not in pages, f"{what}: {worker.name} still has step {version} in flight on page {page}")
             for pull in worker.pulls.values():
-                demand(page not in [item[1] for item in pull.todo], f"{what}: {worker.name} still pulls into page {page}")
+                demand(page not in [item.target for item in pull.todo], f"{what}: {worker.name} still pulls into page {page}")
             for handoff, targets in worker.early.items():
                 demand(page not in targets, f"{what}: {worker.name} still pulls early into page {page}, for handoff {handoff}")
         for worker in self.workers.values():
             for pull in worker.pulls.values():
                 if pull.source_pool == pool:
-                    demand(page not in [item[0] for item in pull.todo], f"{what}: {worker.name} still pulls from page {page}")
+                    reads = any(page in item.pages for item in pull.todo)
+                    demand(not reads, f"{what}: {worker.name} still pulls from page {page}")
 
     def let_go(self, pool: int, pages: list[int]) -> None:
         """An owner has let go of `pages`, and the books no longer list it: note the version for those without any other."""
@@ -275,15 +289,15 @@ class Model:
 
     def run(self, name: str, memory: np.ndarray, work: Work, hole: bool = False) -> None:
         """Read what is there and compare, unless the worker itself left a hole there; write what is new."""
-        slots = np.arange(work.length)
-        pages, offsets = np.array(work.pages, np.int64)[slots // PAGE], slots % PAGE
+        slots, size = np.arange(work.length), memory.shape[1]
+        pages, offsets = np.array(work.pages, np.int64)[slots // size], slots % size
         stamps = np.array(work.stamps[: work.length])
         read = memory[pages[: work.start], offsets[: work.start]]
         if not hole and not np.array_equal(read, stamps[: work.start]):
             slot = int(np.argmax(read != stamps[: work.start]))
             raise Broken(
                 f"step {work.version} of sequence {work.sequence} on {name} read {read[slot]} in slot {slot}, "
-                f"page {work.pages[slot // PAGE]}, not its own {stamps[slot]}"
+                f"page {work.pages[slot // size]}, not its own {stamps[slot]}"
             )
         memory[pages[work.start :], offsets[work.start :]] = stamps[work.start :]
 
@@ -300,8 +314,9 @@ class Model:
             memory[chore.target, :count] = memory[chore.source, :count]
 
     def pull(self, worker: Worker, pull: Pull, rng: random.Random) -> None:
-        source, target, stamps = pull.todo.pop(rng.randrange(len(pull.todo)))
-        got = pull.source[source, : len(stamps)].tolist()
+        item = pull.todo.pop(rng.randrange(len(pull.todo)))
+        slots = item.read(pull.source)
+        got, stamps = slots[: len(item.stamps)].tolist(), item.stamps
         if got != stamps:
-            raise Broken(f"handoff {pull.handoff}: {worker.name} pulled page {source} and read {got[:4]}, not {stamps[:4]}")
-        worker.memory[target] = pull.source[source]
+            raise Broken(f"handoff {pull.handoff}: {worker.name} pulled pages {item.pages} and read {got[:4]}, not {stamps[:4]}")
+        worker.memory[item.target, : len(slots)] = slots

@@ -7,7 +7,7 @@ have been evicted does not; but a pool that surely has free pages must not refus
 from __future__ import annotations
 
 from kvmanager.machine.commands import Step
-from kvmanager.simulator.books import PAGE, Turn, demand
+from kvmanager.simulator.books import Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import REFUSALS
 
@@ -67,7 +67,7 @@ class _Expected:
                     del self.codes["grow", index]  # whether it was cut is not known here
                 elif not held:
                     text, count = model.texts[sequence], int(step.grow_counts[index])
-                    if -(-(text.length + count) // PAGE) > model.config.pools[text.pool].num_pages:
+                    if model.pages_of(text.pool, text.length + count) > model.config.pools[text.pool].num_pages:
                         self.codes["grow", index] = "sequence_too_large"
         self._opens(step)
 
@@ -109,7 +109,7 @@ class _Expected:
                     perhaps += 1
                     self.moving[sequence] = -1
                 continue
-            elif len(model.texts[sequence].pages) > model.config.pools[names.index(target)].num_pages:
+            elif model.pages_in(model.texts[sequence], names.index(target)) > model.config.pools[names.index(target)].num_pages:
                 code = "sequence_too_large"
             elif why := self._not_ready(names.index(target)):
                 code = why
@@ -134,7 +134,7 @@ class _Expected:
             pool = names.index(asked.pool)
             if why := self._not_ready(pool):
                 self.codes["open", index] = why
-            elif -(-(len(asked.tokens) + asked.reserve) // PAGE) > model.config.pools[pool].num_pages:
+            elif model.pages_of(pool, len(asked.tokens) + asked.reserve) > model.config.pools[pool].num_pages:
                 self.codes["open", index] = "sequence_too_large"
             elif left >= 0:
                 self.codes["open", index] = None

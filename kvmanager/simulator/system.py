@@ -12,7 +12,7 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
-from kvmanager.config import ManagerConfig, PoolConfig
+from kvmanager.config import ManagerConfig
 from kvmanager.errors import KVError
 from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.command_wire import command_to_wire
@@ -21,11 +21,12 @@ from kvmanager.machine.events import WorkerJoined
 from kvmanager.machine.snapshot import state_digest
 from kvmanager.simulator import operations  # noqa: F401 - for what they register
 from kvmanager.simulator.body import Body
-from kvmanager.simulator.books import PAGE, Broken, Move
+from kvmanager.simulator.books import Broken, Move
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.faults import FAULTS, Faults
 from kvmanager.simulator.host import Host
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.pools import draw_pool, draw_sizes
 from kvmanager.simulator.seat import Seat, draw_documents
 from kvmanager.simulator.watch import Watch
 from kvmanager.simulator.world import Network, World
@@ -198,7 +199,7 @@ class System:
         if move.state == "reserving":
             text, owners = self.model.texts[move.sequence], self.model.owners(move.target)
             nobodys = self.config.pools[move.target].num_pages - sum(count > 0 for count in owners.values())  # free, or to be evicted
-            if nobodys < len(text.pages) or any(pool == move.target for pool, _ in self.model.quotas):
+            if nobodys < self.model.pages_in(text, move.target) or any(pool == move.target for pool, _ in self.model.quotas):
                 return True
             before = (each for each in self.model.moves.values() if each.target == move.target and each.handoff < move.handoff)
             return any(each.state == "reserving" and self._may_wait(each) for each in before)
@@ -249,10 +250,9 @@ class System:
 
 def draw_config(rng: random.Random) -> ManagerConfig:
     """Few pages, so that pools are nearly full all the time; sometimes one that is larger."""
+    sizes = draw_sizes(rng)
     pools = tuple(
-        PoolConfig(
-            name, rng.choice((5, 8, 12, 12, 40)), page_size=PAGE, workers=rng.choice((1, 1, 2)), partial_match=rng.choice((0, 0, 1, 5))
-        )
+        draw_pool(rng, name, sizes, rng.choice((5, 8, 12, 12, 40)), workers=rng.choice((1, 1, 2)), partial_match=rng.choice((0, 0, 1, 5)))
         for name in ("A", "B", "C")[: rng.choice((1, 2, 2, 3))]
     )
     return ManagerConfig(

@@ -178,6 +178,31 @@ def published_pages_not_swapped(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(replica_module._HANDLERS, replica_module.ev.PagesPublished, lambda self, event: None)
 
 
+# --- pages of other sizes ---------------------------------------------------------------------------------------------------------
+
+
+def _regather(patch: pytest.MonkeyPatch, change: Callable[[Any], dict[str, Any]]) -> None:
+    """What a replica says of a pull between pools of different page sizes, changed."""
+    honest = Replica._pull
+
+    def pull(self: Replica, *args: Any) -> Any:
+        made = honest(self, *args)
+        return made._replace(**change(made)) if made is not None and made.source_page_size != made.target_page_size else made
+
+    patch.setattr(Replica, "_pull", pull)
+
+
+@plant
+def last_partial_page_not_regathered(patch: pytest.MonkeyPatch) -> None:
+    _regather(patch, lambda pull: {"tokens": pull.tokens // pull.target_page_size * pull.target_page_size})
+
+
+@plant
+def slots_before_a_shared_prefix_s_end_pulled_again(patch: pytest.MonkeyPatch) -> None:
+    """From the first slot of a source page that the shared prefix ends within."""
+    _regather(patch, lambda pull: {"source_skip": 0})
+
+
 # --- messages --------------------------------------------------------------------------------------------------------------------
 
 

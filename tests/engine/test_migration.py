@@ -104,7 +104,9 @@ def test_pools_of_different_page_sizes_give_the_same_tokens(
         # What the decode worker told of its own tokens, in whole groups of the smallest page, and fills whole pages there.
         assert turn[0].pages_shared >= (written - 16) // decode_page_size > again[0].pages_shared
         requests = [*first, *again, *turn]
-        assert [each.pages_moved + each.pages_shared for each in requests] == [-(-len(each.prompt) // decode_page_size) for each in requests]
+        assert [each.pages_moved + each.pages_shared for each in requests] == [
+            -(-len(each.prompt) // decode_page_size) for each in requests
+        ]
         assert sum(each.lost + each.preempted for each in requests) == 0
         assert_served(engine, checkpoint, requests)
 

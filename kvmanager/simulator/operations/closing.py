@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmanager.machine import events as ev
-from kvmanager.simulator.books import PAGE, Text, Turn
+from kvmanager.simulator.books import Text, Turn
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import draws, follows
 
@@ -35,9 +35,11 @@ def closed(model: Model, event: ev.SequenceClosed, turn: Turn) -> None:
 def _forget(model: Model, text: Text) -> None:
     """From the end of what it had in the index, pages leave that nobody owns or waits for, and nothing continues."""
     index, owners = model.index[text.pool], model.owners(text.pool)
-    wanted = {stamp for each in model.waiting for stamp in model.wanted[each][1] if text.pool in model.wanted[each][0]}
-    for place in range(len(text.stamps) // PAGE - 1, -1, -1):
-        stamp = text.stamps[(place + 1) * PAGE - 1]
+    size = model.sizes[text.pool]
+    waiting = [model.wanted[each] for each in model.waiting]
+    wanted = {stamp for pools, stamps in waiting if text.pool in pools for stamp in stamps[size:-1:size]}
+    for place in range(len(text.stamps) // size - 1, -1, -1):
+        stamp = text.stamps[(place + 1) * size - 1]
         page = index.get(stamp, (-1, 0))[0]
         if page < 0 or place >= len(text.pages):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmanager.machine import events as ev
-from kvmanager.simulator.books import PAGE, Chore, Text, Turn, demand
+from kvmanager.simulator.books import Chore, Text, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import draws, follows
 
@@ -22,8 +22,9 @@ def forked(model: Model, event: ev.SequenceForked, turn: Turn) -> None:
     demand(not parent.handoff, f"{what}: it is being handed off")
     demand(event.length == turn.starts.get(event.parent, parent.length), f"{what}: at {event.length} of {parent.length} tokens")
     demand(list(event.children) in turn.reply["forked"], f"{what}: {event.children} not in {turn.reply['forked']}")
-    full, part = divmod(event.length, PAGE)
-    demand(full * PAGE <= parent.known, f"{what}: tokens of shared pages are known up to {parent.known}")
+    size = model.sizes[parent.pool]
+    full, part = divmod(event.length, size)
+    demand(full * size <= parent.known, f"{what}: tokens of shared pages are known up to {parent.known}")
     fresh = event.fresh.tolist()
     demand(len(fresh) == (len(event.children) if part else 0), f"{what}: {len(fresh)} fresh pages for {len(event.children)} children")
     model.take(parent.pool, fresh, what)
@@ -37,7 +38,7 @@ def forked(model: Model, event: ev.SequenceForked, turn: Turn) -> None:
         model.texts[child] = text
         chore = Chore(model.version, (child, event.parent), event.length)
         if part:
-            chore.target, chore.stamps = fresh[place], stamps[full * PAGE :]
+            chore.target, chore.stamps = fresh[place], stamps[full * size :]
         turn.chores.append((parent.pool, chore))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmanager.machine import events as ev
-from kvmanager.simulator.books import PAGE, Turn, demand
+from kvmanager.simulator.books import Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import draws, follows
 
@@ -33,7 +33,7 @@ def _grow(model: Model, sequence: int, count: int, pages: list[int], turn: Turn)
     turn.starts[sequence] = text.length
     text.length += count
     text.pages = text.pages + pages
-    enough = max(-(-text.length // PAGE), len(text.pages) - len(pages))
+    enough = max(model.pages_of(text.pool, text.length), len(text.pages) - len(pages))
     demand(len(text.pages) == enough, f"grow {sequence}: {len(text.pages)} pages for {text.length} tokens")
     model.write_on(text, text.length)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvmanager.machine import events as ev
 from kvmanager.machine.commands import Drain, HandOff
-from kvmanager.simulator.books import PAGE, Move, Pull, Turn, demand
+from kvmanager.simulator.books import Item, Move, Pull, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import action, draws, follows, heals
 
@@ -92,9 +92,9 @@ def reserved(model: Model, event: ev.HandoffReserved, turn: Turn) -> None:
     text, shared, fresh = model.texts[move.sequence], event.shared.tolist(), event.fresh.tolist()
     demand(move.state == "prefilling" and not move.target_pages, f"handoff {event.handoff} reserves while {move.state}")
     known = turn.known.get(move.sequence, text.known)
-    run = model.indexed_run(turn.visible[move.target], text.stamps[:known], known // PAGE)
+    run = model.indexed_run(move.target, turn.visible[move.target], text.stamps, known)
     demand(shared == run, f"handoff {event.handoff}: shared pages {shared}, the model finds {run}")
-    total = max(len(text.pages), -(-known // PAGE))
+    total = max(model.pages_in(text, move.target), model.pages_of(move.target, known))
     demand(len(shared) + len(fresh) == total, f"handoff {event.handoff}: reserves {len(shared) + len(fresh)} of {total} pages")
     model.take(move.target, fresh, f"handoff {event.handoff}")
     move.target_pages, move.fresh = shared + fresh, len(shared)
@@ -149,10 +149,11 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
     text = model.texts[move.sequence]
     shared, fresh, kept = event.shared.tolist(), event.fresh.tolist(), event.kept
     known = turn.known.get(move.sequence, text.known)  # what this batch makes known, its decision did not see yet
-    run = model.indexed_run(turn.visible[move.target], text.stamps[: min(known, text.length)], text.length // PAGE)
+    run = model.indexed_run(move.target, turn.visible[move.target], text.stamps, min(known, text.length))
     demand(shared == run, f"handoff {event.handoff}: shared pages {shared}, the model finds {run}")
-    demand(len(shared) + len(fresh) == len(text.pages), f"handoff {event.handoff}: {len(shared) + len(fresh)} of {len(text.pages)} pages")
-    model.check_content(move.target, shared, text.stamps[: len(shared) * PAGE], f"handoff {event.handoff}")
+    total, size = model.pages_in(text, move.target), model.sizes[move.target]
+    demand(len(shared) + len(fresh) == total, f"handoff {event.handoff}: {len(shared) + len(fresh)} of {total} pages")
+    model.check_content(move.target, shared, text.stamps[: len(shared) * size], f"handoff {event.handoff}")
     own, skipped = move.target_pages[move.fresh :], event.skipped
     demand(skipped == min(max(len(shared) - move.fresh, 0), len(own)), f"handoff {event.handoff}: skips {skipped} of {own}")
     left = own[skipped:]
@@ -166,15 +167,30 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
     _check_pullers(model, move, pullers, sources)
     for puller, source in zip(pullers, sources, strict=True):
         todo = [
-            (text.pages[place], page, text.stamps[place * PAGE : min((place + 1) * PAGE, text.length)])
+            Item(_regathered(model, move, text.length, place), page, text.stamps[place * size : min((place + 1) * size, text.length)])
             for place, page in enumerate(fresh, len(shared))
-            if place * PAGE < text.length
+            if place * size < text.length
         ]
         model.workers[puller].pulls[event.handoff] = Pull(event.handoff, move.source, model.workers[source].memory, todo, whole=list(todo))
     model.seen["moving_shared"] += bool(shared)
+    model.seen["moving_regathered"] += size != model.sizes[move.source]
     model.seen["moving_reserved"] += bool(kept)
     model.seen["moving_streamed"] += move.streaming
     model.seen["moving_with_early_pulls"] += any(event.handoff in worker.early for worker in model.crew(move.target))
+
+
+def _regathered(model: Model, move: Move, length: int, place: int) -> tuple[tuple[int, int, int], ...]:
+    """(page, first slot, slots) of the source, for page `place` of a sequence of `length` tokens in the target."""
+    ours, theirs = model.sizes[move.target], model.sizes[move.source]
+    if ours == theirs:
+        return ((move.source_pages[place], 0, theirs),)
+    at, stop, runs = place * ours, min((place + 1) * ours, length), []
+    while at < stop:
+        page, slot = divmod(at, theirs)
+        slots = min(theirs - slot, stop - at)
+        runs.append((move.source_pages[page], slot, slots))
+        at += slots
+    return tuple(runs)
 
 
 @follows(ev.HandoffFailed)
@@ -207,6 +223,8 @@ def resident(model: Model, event: ev.HandoffResident, turn: Turn) -> None:
     demand(move.state == "moving", f"handoff {event.handoff} resident while {move.state}")
     text = model.texts[move.sequence]
     left = text.pages
+    if model.sizes[move.target] != model.sizes[move.source]:
+        text.reserved = model.pages_of(move.target, text.reserved * model.sizes[move.source])
     text.pool, text.pages, text.handoff = move.target, move.target_pages, 0
     text.unlisted |= move.flushed
     text.published = move.fresh

@@ -22,9 +22,9 @@ def opens(driver: Any) -> dict[str, Any]:
 
 def draw_prompt(driver: Any) -> list[int]:
     rng = driver.rng
-    document = rng.choice(driver.documents)
+    document, size = rng.choice(driver.documents), rng.choice(driver.config.pools).page_size
     pages = rng.choice((0, 1, 1, 2, 2, 3, 4))
-    length = max(1, pages * PAGE + rng.choice((-1, 0, 0, 1, 1, 7)))
+    length = max(1, min(pages * size, 4 * PAGE) + rng.choice((-1, 0, 0, 1, 1, 7)))
     return document[:length] + [rng.choice((1, 2)) for _ in range(rng.choice((0, 0, 0, 1, PAGE)))]
 
 
@@ -72,24 +72,24 @@ def stamps_of(model: Model, asked: Open) -> list[int]:
 def opened(model: Model, event: ev.SequenceOpened, turn: Turn) -> None:
     asked = turn.opened[event.sequence]
     tokens, stamps = asked.tokens.tolist(), stamps_of(model, asked)
-    cached, fresh = event.cached.tolist(), event.fresh.tolist()
-    run = model.indexed_run(turn.visible[event.pool], stamps, (len(tokens) - 1) // PAGE)
+    cached, fresh, size = event.cached.tolist(), event.fresh.tolist(), model.sizes[event.pool]
+    run = model.indexed_run(event.pool, turn.visible[event.pool], stamps, len(tokens) - 1)
     demand(cached == run, f"open {event.sequence}: cached pages {cached}, the model finds {run}")
-    model.check_content(event.pool, cached, stamps[: len(cached) * PAGE], f"open {event.sequence}")
+    model.check_content(event.pool, cached, stamps[: len(cached) * size], f"open {event.sequence}")
     _check_placed(model, event, asked, stamps, turn)
-    if asked.wait and model.config.inflight_wait_ms and len(run) < (len(tokens) - 1) // PAGE:
-        end = (len(run) + 1) * PAGE
+    if asked.wait and model.config.inflight_wait_ms and len(run) < (len(tokens) - 1) // size:
+        end = (len(run) + 1) * size
         for other in turn.opened:
             text = model.texts.get(other)
             same = text is not None and text.pool == event.pool and text.stamps[end - 1 : end] == stamps[end - 1 : end]
             demand(not same, f"open {event.sequence}: computes what sequence {other} of the same step computes")
     model.take(event.pool, fresh, f"open {event.sequence}")
-    start = len(cached) * PAGE + _check_copied(model, event, stamps, turn)
+    start = len(cached) * size + _check_copied(model, event, stamps, turn)
     text = Text(event.sequence, turn.client, event.pool, tokens, stamps, len(tokens), event.length, cached + fresh)
     text.tenant, text.published = asked.tenant, len(cached)
-    text.reserved = -(-(len(tokens) + asked.reserve) // PAGE) if asked.reserve else 0
+    text.reserved = model.pages_of(event.pool, len(tokens) + asked.reserve) if asked.reserve else 0
     demand(event.sequence not in model.texts, f"sequence id {event.sequence} given twice")
-    enough = max(-(-event.length // PAGE), text.reserved)
+    enough = max(model.pages_of(event.pool, event.length), text.reserved)
     demand(len(text.pages) == enough, f"open {event.sequence}: {len(text.pages)} pages for {event.length} tokens")
     model.seen["reserved"] += text.reserved > 0
     model.texts[event.sequence] = text
@@ -102,8 +102,9 @@ def opened(model: Model, event: ev.SequenceOpened, turn: Turn) -> None:
 
 def _check_copied(model: Model, event: ev.SequenceOpened, stamps: list[int], turn: Turn) -> int:
     """Tokens that come from the beginning of a page of the index: as many as the best of them agrees with."""
-    copied, full = event.copied, len(event.cached) * PAGE
-    rest = stamps[full : min(full + PAGE, len(stamps) - 1)]
+    size = model.sizes[event.pool]
+    copied, full = event.copied, len(event.cached) * size
+    rest = stamps[full : min(full + size, len(stamps) - 1)]
     pages = [page for page, _ in turn.visible[event.pool].values()]
     memory: Any = next(iter(model.crew(event.pool))).memory
     best = 0 if memory is not None else event.copied  # while a log is read again, nobody looks at what is in the pages
@@ -142,9 +143,9 @@ def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: l
     forgotten = dict.fromkeys(turn.command.forget.tolist())  # counted as closed by then, though their pages go last
 
     def score(pool: int) -> int:
-        run = model.indexed_run(turn.visible[pool], stamps, (len(stamps) - 1) // PAGE)
+        run = model.indexed_run(pool, turn.visible[pool], stamps, len(stamps) - 1)
         load = sum(text.known for text in model.texts.values() if text.pool == pool and text.sequence not in forgotten)
-        return config.placement_match_weight * len(run) * PAGE - config.placement_load_weight * load
+        return config.placement_match_weight * len(run) * model.sizes[pool] - config.placement_load_weight * load
 
     for other, pool in enumerate(config.pools):
         crew = model.crew(other, fenced=True)
@@ -161,7 +162,7 @@ def _check_placed(model: Model, event: ev.SequenceOpened, asked: Open, stamps: l
                 for page in range(pool.num_pages)
                 if not owners[page] and page not in indexed and model.dropped[other].get(page, 0) <= acked
             ]
-            if len(free) >= -(-(len(stamps) + asked.reserve) // PAGE):
+            if len(free) >= model.pages_of(other, len(stamps) + asked.reserve):
                 demand(score(other) <= score(event.pool), f"open {event.sequence}: pool {event.pool} has {score(event.pool)}, {other} more")
                 model.seen["placed with a choice"] += other != event.pool
 
@@ -177,8 +178,8 @@ def pending(model: Model, asked: Open, details: dict[str, Any], turn: Turn) -> N
         demand(False, f"{what}: no such sequence is open")
         return
     stamps = stamps_of(model, asked)
-    cached = len(model.indexed_run(turn.visible[number], stamps, (len(stamps) - 1) // PAGE))
-    end = cached * PAGE + details["tokens"]
-    demand(details["tokens"] > 0 and details["tokens"] % PAGE == 0 and end < len(stamps), f"{what}: {cached} pages are cached")
+    cached, size = len(model.indexed_run(number, turn.visible[number], stamps, len(stamps) - 1)), model.sizes[number]
+    end = cached * size + details["tokens"]
+    demand(details["tokens"] > 0 and details["tokens"] % size == 0 and end < len(stamps), f"{what}: {cached} pages are cached")
     demand(text.pool == number and text.known >= end and text.stamps[:end] == stamps[:end], f"{what}: {text} will not have them")
     model.seen["waited"] += 1

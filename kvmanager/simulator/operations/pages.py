@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmanager.machine import events as ev
-from kvmanager.simulator.books import PAGE, Turn, demand
+from kvmanager.simulator.books import Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import follows
 
@@ -11,13 +11,13 @@ from kvmanager.simulator.registry import follows
 @follows(ev.PagesPublished)
 def published(model: Model, event: ev.PagesPublished, turn: Turn) -> None:
     text, pages = model.texts[event.sequence], event.pages.tolist()
-    index = model.index[text.pool]
+    index, size = model.index[text.pool], model.sizes[text.pool]
     last = event.first + len(pages)
-    demand(last * PAGE <= min(text.known, text.length), f"publish {event.sequence}: page {last - 1} is not known to its end")
+    demand(last * size <= min(text.known, text.length), f"publish {event.sequence}: page {last - 1} is not known to its end")
     demand(not text.unlisted, f"publish {event.sequence}: its tenant was flushed")
     before = text.pages[event.first : last]
     for place, page in enumerate(pages, event.first):
-        stamp, above = text.stamps[(place + 1) * PAGE - 1], text.stamps[place * PAGE - 1] if place else 0
+        stamp, above = text.stamps[(place + 1) * size - 1], text.stamps[place * size - 1] if place else 0
         if stamp not in index:
             turn.indexed[text.pool, page] = None
         found = index.setdefault(stamp, (page, above))
@@ -27,7 +27,7 @@ def published(model: Model, event: ev.PagesPublished, turn: Turn) -> None:
             model.seen["deduplicated"] += 1
     text.pages, text.published = text.pages[: event.first] + pages + text.pages[last:], last
     model.let_go(text.pool, before)
-    model.check_content(text.pool, text.pages[:last], text.stamps[: last * PAGE], f"publish {event.sequence}")
+    model.check_content(text.pool, text.pages[:last], text.stamps[: last * size], f"publish {event.sequence}")
 
 
 @follows(ev.PagesEvicted)

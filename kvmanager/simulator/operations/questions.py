@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmanager.machine.command_wire import command_from_wire, command_to_wire
 from kvmanager.machine.commands import Open, Step
-from kvmanager.simulator.books import PAGE, Turn, demand
+from kvmanager.simulator.books import Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.opening import draw_prompt, stamps_of
 from kvmanager.simulator.registry import DRAWS, action
@@ -89,18 +89,19 @@ def _tenants(model: Model, message: dict[str, Any], answer: dict[str, Any]) -> N
 def _explain(model: Model, message: dict[str, Any], answer: dict[str, Any]) -> None:
     number = [pool.name for pool in model.config.pools].index(message["pool"])
     asked = Open(message["tokens"], message["pool"], message["tenant"], message["extra"])
-    stamps, most = stamps_of(model, asked), (len(asked.tokens) - 1) // PAGE
-    run = len(model.indexed_run(model.index[number], stamps, most))
+    stamps, size = stamps_of(model, asked), model.sizes[number]
+    most = (len(asked.tokens) - 1) // size
+    run = len(model.indexed_run(number, model.index[number], stamps, len(asked.tokens) - 1))
     [[pool, tokens, reason, details]] = answer["pools"]
     what = f"explain: {tokens} tokens of {len(asked.tokens)}, {reason} {details}"
-    demand((pool, tokens) == (message["pool"], run * PAGE), f"{what}, the model finds {run} pages")
+    demand((pool, tokens) == (message["pool"], run * size), f"{what}, the model finds {run} pages")
     demand((reason == "cached") == (run == most), f"{what}, the model finds {run} pages")
     if reason == "in_flight":
         text = model.texts.get(details["sequence"])
         end = tokens + details["tokens"]
         demand(text is not None and text.pool == number and text.stamps[:end] == stamps[:end], f"{what}, the model has {text}")
     if reason == "diverges":
-        demand(tokens <= details["at"] < tokens + PAGE, what)
+        demand(tokens <= details["at"] < tokens + size, what)
     model.seen[f"explained as {reason}"] += 1
 
 

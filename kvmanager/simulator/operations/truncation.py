@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmanager.machine import events as ev
-from kvmanager.simulator.books import PAGE, Chore, Turn, demand
+from kvmanager.simulator.books import Chore, Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.registry import draws, follows
 
@@ -16,7 +16,9 @@ def truncate(driver: Any) -> dict[str, Any]:
     driver.cutting = {}
     for each, text in driver.model.texts.items():
         if text.length and rng.random() < rate:
-            driver.cutting[each] = max(1, text.length - rng.choice((0, 1, 2, 3, PAGE, rng.randint(0, text.length))))
+            driver.cutting[each] = max(
+                1, text.length - rng.choice((0, 1, 2, 3, driver.config.pools[text.pool].page_size, rng.randint(0, text.length)))
+            )
     return {"truncate": list(driver.cutting.items())}
 
 
@@ -25,11 +27,12 @@ def truncated(model: Model, event: ev.SequencesTruncated, turn: Turn) -> None:
     columns = (event.ids, event.lengths, event.page_counts, event.sources, event.targets)
     for sequence, length, keep, _, target in zip(*(column.tolist() for column in columns), strict=True):
         text, what = model.texts[sequence], f"truncate {sequence}"
+        size = model.sizes[text.pool]
         demand(not text.handoff, f"{what}: it is being handed off")
         demand(1 <= length <= text.length, f"{what}: {length} of {text.length} tokens")
-        least = -(-length // PAGE)
+        least = -(-length // size)
         demand(least <= keep <= max(least, text.reserved), f"{what}: {keep} pages for {length} tokens")
-        full, part = divmod(length, PAGE)
+        full, part = divmod(length, size)
         last = text.pages[full] if part else -1
         indexed = any(last == page for page, _ in model.index[text.pool].values())
         if target >= 0:
@@ -46,5 +49,5 @@ def truncated(model: Model, event: ev.SequencesTruncated, turn: Turn) -> None:
         text.length, text.known, text.published = length, min(text.known, length), min(text.published, full)
         text.tokens, text.stamps, text.mood = text.tokens[:length], text.stamps[:length], text.mood + 1
         model.let_go(text.pool, gone)
-        stamps = text.stamps[full * PAGE :] if target >= 0 else []
+        stamps = text.stamps[full * size :] if target >= 0 else []
         turn.chores.append((text.pool, Chore(model.version, (sequence,), length, target=target, stamps=stamps)))

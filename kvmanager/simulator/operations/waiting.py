@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmanager.machine import events as ev
 from kvmanager.machine.commands import Enqueue
-from kvmanager.simulator.books import PAGE, Turn, demand
+from kvmanager.simulator.books import Turn, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.opening import draw_prompt
 from kvmanager.simulator.registry import draws, follows
@@ -39,7 +39,7 @@ def enqueued(model: Model, event: ev.PromptEnqueued, turn: Turn) -> None:
     stamps = [model.stamps.root(tenant, event.namespace[4 + len(tenant) :])]
     for token in event.tokens.tolist():
         stamps.append(model.stamps.after(stamps[-1], token))
-    model.wanted[event.waiting] = event.pools.tolist(), stamps[PAGE:-1:PAGE]
+    model.wanted[event.waiting] = event.pools.tolist(), stamps
     demand(len(model.waiting) <= model.config.waiting_max, f"{len(model.waiting)} prompts wait")
 
 
