@@ -97,7 +97,7 @@ def test_pools_of_different_page_sizes_give_the_same_tokens(
         until(engine, first, lambda: engine.idle)
         again = [engine.submit(longest + longest[:20], 70)]
         until(engine, again, lambda: engine.idle)
-        turn = [engine.submit(again[0].tokens + [1, 2, 3], 5)]
+        turn = [engine.submit([*again[0].tokens, 1, 2, 3], 5)]
         until(engine, turn, lambda: engine.idle)
         assert again[0].pages_shared == len(longest) // decode_page_size
         written = len(longest) + 20 + 69
