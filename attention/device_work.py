@@ -15,10 +15,13 @@ __all__ = ["device_work"]
 _NOWHERE = 2**62
 
 
-def device_work(shape: Shape, page_stride: int, lengths: Tensor, query_len: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def device_work(
+    shape: Shape, page_stride: int, lengths: Tensor, query_len: int, causal: bool, whole: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """programs, items and merges, int32, for query_len tokens of each sequence; sequence b's pages begin at page_ids[b * page_stride].
 
-    lengths int32 [batch], device; a negative one counts as 0. A sequence shorter than its query tokens, if causal: the first see nothing."""
+    lengths  int32 [batch], device; a negative one counts as 0. A sequence shorter than its query tokens, if causal: the first see nothing
+    whole    nothing is cut: a block of rows is one item, whatever else is in the batch, and there are no merges"""
     group = shape.blocks_per_token if query_len == 1 else 1
     lanes = shape.lanes if query_len == 1 else shape.num_programs
     blocks = 1 if query_len == 1 else -(-query_len * shape.num_heads // shape.block_rows)
@@ -40,7 +43,7 @@ def device_work(shape: Shape, page_stride: int, lengths: Tensor, query_len: int,
     unit = torch.searchsorted(ends, cut, right=True).clamp(max=num - 1)
     tile = cut - starts[unit] - OVERHEAD_TILES
     tile = torch.where(tile < shape.split_tiles_min, 0, tile)
-    at_end = tiles[unit] - tile < shape.split_tiles_min
+    at_end = (tiles[unit] - tile < shape.split_tiles_min) | whole
     place = torch.where(at_end, ends[unit], starts[unit] + tile)
     place = torch.where((share < used) & (place < total), place, _NOWHERE)
     piece = torch.sort(torch.cat([starts, place])).values
@@ -77,7 +80,7 @@ def device_work(shape: Shape, page_stride: int, lengths: Tensor, query_len: int,
     programs = torch.zeros(lanes * group + 1, dtype=torch.int32, device=device)
     programs[1:] = torch.cumsum(loads.repeat_interleave(group, output_size=lanes * group), 0)
 
-    merged = torch.argsort((~split).long(), stable=True)[: min(num, lanes)]
+    merged = torch.argsort((~split).long(), stable=True)[: 0 if whole else min(num, lanes)]
     merges = torch.zeros((len(merged), group, MERGE_FIELDS), dtype=torch.int32, device=device)
     merges[:, :, 0] = (owner[merged] * query_len)[:, None]
     merges[:, :, 1] = query_len

@@ -4,9 +4,10 @@
     for layer in range(num_layers):
         out, lse = flash_mla_with_kvcache(q, cache[layer], block_table, cache_seqlens, 512, tile_scheduler_metadata, num_splits, causal=True)
 
-Signatures, shapes and the +inf LSE of rows that see nothing are FlashMLA's. Beyond it: any entry and page size, fp16 and fp32, every
-CUDA architecture that Triton serves, attn_sink for dense attention, CPU tensors; indices over caches of q's dtype. Refused by name: an fp8
-cache without indices, and the extra cache beside indices.
+Signatures (its release of 2026-09-30, the newest), shapes and the +inf LSE of rows that see nothing are FlashMLA's. Beyond it: any entry and
+page size, fp16 and fp32, every CUDA architecture that Triton serves, attn_sink for dense attention, CPU tensors; indices over caches of q's
+dtype; enable_batch_invariant on Hopper and for dense attention; out for several KV heads. Refused by name: an fp8 cache without indices, the
+extra cache beside indices, and entries without a part of their own for RoPE (head_dim equal to head_dim_v: DeepSeek-V4's eight-bit formats).
 Lengths are never read back: the schedule is made on the device by the first call of a metadata object, so calls can be captured.
 """
 
@@ -58,6 +59,7 @@ class _Config(NamedTuple):
     table_stride: int
     is_fp8_kvcache: bool
     topk: int | None
+    enable_batch_invariant: bool
 
 
 @dataclass(slots=True)
@@ -101,6 +103,8 @@ def flash_mla_with_kvcache(
     extra_indices_in_kvcache: Tensor | None = None,
     topk_length: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    out: Tensor | None = None,
+    enable_batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a few query tokens a sequence over paged latents: all of a sequence's, or those that `indices` lists.
 
@@ -117,6 +121,10 @@ def flash_mla_with_kvcache(
     topk_length    [batch] int32; only so many of each list count, from the left; with indices
     is_fp8_kvcache k_cache holds bytes (uint8, int8 or float8_e4m3fn) [num_pages, page_size, 1, 656], fp8_ds_mla of LatentLayout; with
                    indices, for head_dim 576 and head_dim_v 512
+    out            [batch, query_len, heads, head_dim_v] of q's dtype, contiguous: the result is written there, and no other is allocated
+    enable_batch_invariant
+                   no sequence and no list is cut: the bits of a sequence's rows are the same alone and in any batch. One value for all calls of
+                   a metadata object. Few long sequences then leave most of a card idle
 
     Gives out [batch, query_len, heads, head_dim_v] of q's dtype and lse [batch, heads, query_len], float32, natural log.
     InvalidValue names the argument that is out of place. On a CUDA device lengths and table entries cannot be checked."""
@@ -133,6 +141,8 @@ def flash_mla_with_kvcache(
         raise InvalidValue("is_fp8_kvcache", "False, or True with indices", is_fp8_kvcache)
     if topk_length is not None and indices is None:
         raise InvalidValue("topk_length", "None without indices", type(topk_length).__name__)
+    if not isinstance(enable_batch_invariant, bool):
+        raise InvalidValue("enable_batch_invariant", "True or False", enable_batch_invariant)
     if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         got = type(tile_scheduler_metadata).__name__
         raise InvalidValue("tile_scheduler_metadata", "what kvmanager's get_mla_metadata() gave", got)
@@ -141,9 +151,14 @@ def flash_mla_with_kvcache(
         raise InvalidValue("softmax_scale", "a positive number", softmax_scale)
     _check_query(q, k_cache, head_dim_v, causal, attn_sink, is_fp8_kvcache)
     if indices is None:
-        config, table, lengths = _checked(q, k_cache, block_table, cache_seqlens, head_dim_v, causal)
+        config, table, lengths = _checked(q, k_cache, block_table, cache_seqlens, head_dim_v, causal, enable_batch_invariant)
     else:
-        config = _checked_lists(q, k_cache, head_dim_v, causal, is_fp8_kvcache, indices, topk_length)
+        config = _checked_lists(q, k_cache, head_dim_v, causal, is_fp8_kvcache, indices, topk_length, enable_batch_invariant)
+    shape = (config.batch, config.query_len, config.num_heads, head_dim_v)
+    if out is None:
+        out = q.new_empty(shape)
+    elif tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device or not out.is_contiguous():
+        raise InvalidValue("out", f"{q.dtype} {shape} on {q.device}, contiguous", f"{_words(out)} on {out.device}")
     meta = tile_scheduler_metadata
     if meta.config is None:
         meta.config, meta.have_initialized = config, True
@@ -151,15 +166,13 @@ def flash_mla_with_kvcache(
         field = next(name for name in _Config._fields if getattr(meta.config, name) != getattr(config, name))
         raise InvalidValue(field, f"{getattr(meta.config, field)}, as in the first call of this metadata", getattr(config, field))
     if indices is not None:
-        out, lse = _attend_listed(q, k_cache, indices, topk_length, scale, attn_sink, config)
+        lse = _attend_listed(q, k_cache, indices, topk_length, scale, attn_sink, config, out)
     elif q.device.type == "cuda":
-        out, lse = _on_device(q, k_cache, table, lengths, scale, attn_sink, meta, config)
+        lse = _on_device(q, k_cache, table, lengths, scale, attn_sink, meta, config, out)
     else:
-        out, lse = _on_cpu(q, k_cache, table, lengths, scale, attn_sink, config)
+        lse = _on_cpu(q, k_cache, table, lengths, scale, attn_sink, config, out)
     lse = torch.where(torch.isneginf(lse), float("inf"), lse)
-    return out.view(config.batch, config.query_len, config.num_heads, head_dim_v), lse.view(
-        config.batch, config.query_len, config.num_heads
-    ).transpose(1, 2).contiguous()
+    return out, lse.view(shape[:3]).transpose(1, 2).contiguous()
 
 
 def _check_query(q: Tensor, k_cache: Tensor, head_dim_v: int, causal: bool, attn_sink: Tensor | None, is_fp8: bool) -> None:
@@ -192,7 +205,13 @@ def _check_query(q: Tensor, k_cache: Tensor, head_dim_v: int, causal: bool, attn
 
 
 def _checked(
-    q: Tensor, k_cache: Tensor, block_table: Tensor | None, cache_seqlens: Tensor | None, head_dim_v: int, causal: bool
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    causal: bool,
+    batch_invariant: bool,
 ) -> tuple[_Config, Tensor, Tensor]:
     batch, query_len, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_cache.shape
@@ -220,12 +239,20 @@ def _checked(
         table_stride,
         False,
         None,
+        batch_invariant,
     )
     return config, block_table, cache_seqlens
 
 
 def _checked_lists(
-    q: Tensor, k_cache: Tensor, head_dim_v: int, causal: bool, is_fp8: bool, indices: Tensor, topk_length: Tensor | None
+    q: Tensor,
+    k_cache: Tensor,
+    head_dim_v: int,
+    causal: bool,
+    is_fp8: bool,
+    indices: Tensor,
+    topk_length: Tensor | None,
+    batch_invariant: bool,
 ) -> _Config:
     batch, query_len, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_cache.shape
@@ -251,7 +278,10 @@ def _checked_lists(
     for field, tensor in (("indices", indices), ("topk_length", topk_length)):
         if tensor is not None and tensor.device != q.device:
             raise InvalidValue(field, f"a tensor on {q.device}", f"one on {tensor.device}")
-    return _Config(batch, query_len, num_heads, page_size, 1, head_dim, head_dim_v, q.dtype, q.device, False, 0, is_fp8, indices.shape[2])
+    topk = indices.shape[2]
+    return _Config(
+        batch, query_len, num_heads, page_size, 1, head_dim, head_dim_v, q.dtype, q.device, False, 0, is_fp8, topk, batch_invariant
+    )
 
 
 def _words(tensor: Tensor) -> str:
@@ -259,20 +289,27 @@ def _words(tensor: Tensor) -> str:
 
 
 def _attend_listed(
-    q: Tensor, k_cache: Tensor, indices: Tensor, topk_length: Tensor | None, scale: float, sink: Tensor | None, config: _Config
-) -> tuple[Tensor, Tensor]:
-    """out [tokens, heads, head_dim_v] and lse [tokens, heads], -inf where a token lists nothing. Lists are cut by the shapes alone."""
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    topk_length: Tensor | None,
+    scale: float,
+    sink: Tensor | None,
+    config: _Config,
+    result: Tensor,
+) -> Tensor:
+    """Fills result; gives lse [tokens, heads], -inf where a token lists nothing. Lists are cut by the shapes alone."""
     if topk_length is not None:
         place = torch.arange(indices.shape[2], device=indices.device)
         indices = torch.where(place < topk_length[:, None, None], indices, -1)
     tokens, heads, rank = config.batch * config.query_len, config.num_heads, config.head_dim_v
     lists, rows = indices.reshape(tokens, -1), q.reshape(tokens, heads, config.head_dim)
     pages = (k_cache.view(torch.uint8) if config.is_fp8_kvcache else k_cache)[:, :, 0]
-    out = q.new_empty((tokens, heads, rank))
+    out = result.view(tokens, heads, rank)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     if q.device.type != "cuda":
         torch_path.attend_selected(pages, rows, lists, scale, out, lse, sink=sink)
-        return out, lse
+        return lse
     from kvmanager.attention.choice import FP8_ARCH_MIN
     from kvmanager.kernels import mla_decode_sparse
     from kvmanager.kernels.latent_formats import view_pages
@@ -282,20 +319,20 @@ def _attend_listed(
     if config.is_fp8_kvcache and arch < FP8_ARCH_MIN:
         raise InvalidValue("is_fp8_kvcache", f"False on sm_{arch}: eight bits need sm_{FP8_ARCH_MIN}", True)
     tile = mla_decode_sparse.choose_tile(heads, rank, config.head_dim - rank, pages.dtype, arch)
-    cut = mla_decode_sparse.cut_lists(tokens, heads, lists.shape[1], tile, properties.multi_processor_count * tile.programs_per_sm)
+    programs = 0 if config.enable_batch_invariant else properties.multi_processor_count * tile.programs_per_sm  # 0: no list is cut
+    cut = mla_decode_sparse.cut_lists(tokens, heads, lists.shape[1], tile, programs)
     partial_out = torch.empty((cut.partials, tile.block_rows, rank), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((cut.partials, tile.block_rows), dtype=torch.float32, device=q.device)
     stored = view_pages(pages, rank)
     mla_decode_sparse.attend_selected(rows, stored, lists, out, lse, partial_out, partial_lse, scale, tile, cut, sink)
-    return out, lse
+    return lse
 
 
 def _on_cpu(
-    q: Tensor, k_cache: Tensor, table: Tensor, lengths: Tensor, scale: float, sink: Tensor | None, config: _Config
-) -> tuple[Tensor, Tensor]:
-    """out [batch, query_len, heads, head_dim_v] and lse [batch, query_len, heads], -inf where nothing is seen."""
+    q: Tensor, k_cache: Tensor, table: Tensor, lengths: Tensor, scale: float, sink: Tensor | None, config: _Config, out: Tensor
+) -> Tensor:
+    """Fills out; gives lse [batch, query_len, heads], -inf where nothing is seen. Sequences are computed one by one: no bits of the batch."""
     heads = config.num_heads // config.num_kv_heads
-    out = q.new_empty((*q.shape[:3], config.head_dim_v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     for row, length in enumerate(lengths.tolist()):
         count = -(-length // config.page_size)
@@ -310,7 +347,7 @@ def _on_cpu(
             own = None if sink is None else sink[part]
             latent = latents[:, index].float()
             torch_path.attend_sequence(q[row][:, part], latent, scale, out[row][:, part], lse[row][:, part], config.causal, sink=own)
-    return out, lse
+    return lse
 
 
 def _schedule(lengths: Tensor, config: _Config) -> _Schedule:
@@ -331,7 +368,8 @@ def _schedule(lengths: Tensor, config: _Config) -> _Schedule:
     else:
         tile = mla_decode.choose_tile(heads, rank, rope, config.dtype, arch, config.query_len > 1)
         shape = Shape(heads, tile.block_rows, tile.block_tokens, tile.programs_per_sm * properties.multi_processor_count)
-    return _Schedule(shape, tile, *device_work(shape, config.table_stride, lengths, config.query_len, config.causal))
+    whole = config.enable_batch_invariant
+    return _Schedule(shape, tile, *device_work(shape, config.table_stride, lengths, config.query_len, config.causal, whole))
 
 
 def _on_device(
@@ -343,7 +381,9 @@ def _on_device(
     sink: Tensor | None,
     meta: FlashMLASchedMeta,
     config: _Config,
-) -> tuple[Tensor, Tensor]:
+    result: Tensor,
+) -> Tensor:
+    """Fills result; gives lse [batch, query_len, heads], -inf where nothing is seen."""
     from kvmanager.kernels import mla_decode, mla_merge
 
     if meta.schedule is None:
@@ -352,10 +392,11 @@ def _on_device(
     heads, rank, tokens = config.num_heads // config.num_kv_heads, config.head_dim_v, config.batch * config.query_len
     page_ids = table.as_strided(((config.batch - 1) * config.table_stride + table.shape[1],), (1,))
     rows = q.reshape(tokens, config.num_heads, config.head_dim)
-    out = q.new_empty((config.num_kv_heads, tokens, heads, rank))
+    out = result.view(1, tokens, heads, rank) if config.num_kv_heads == 1 else q.new_empty((config.num_kv_heads, tokens, heads, rank))
     lse = torch.empty((config.num_kv_heads, tokens, heads), dtype=torch.float32, device=q.device)
-    partial_out = torch.empty((shape.partials_max, shape.block_rows, rank), dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty((shape.partials_max, shape.block_rows), dtype=torch.float32, device=q.device)
+    partials_max = 1 if config.enable_batch_invariant else shape.partials_max
+    partial_out = torch.empty((partials_max, shape.block_rows, rank), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((partials_max, shape.block_rows), dtype=torch.float32, device=q.device)
     rows_max = heads if config.query_len == 1 else None
     for index in range(config.num_kv_heads):
         part = slice(index * heads, (index + 1) * heads)
@@ -371,5 +412,6 @@ def _on_device(
             mla_decode.attend(rows[:, part], pages, *lists, tile, config.causal, sink=own)
         mla_merge.merge(partial_out, partial_lse, merges, out[index], lse[index], rows_max, overlap=tile is None, sink=own)
     if config.num_kv_heads == 1:
-        return out[0], lse[0]
-    return out.transpose(0, 1).contiguous(), lse.transpose(0, 1).contiguous()
+        return lse[0]
+    result.view(tokens, config.num_kv_heads, heads, rank).copy_(out.transpose(0, 1))
+    return lse.transpose(0, 1).contiguous()

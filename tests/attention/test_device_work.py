@@ -38,3 +38,29 @@ def test_lists_equal_those_of_the_host(shape: Shape, lengths: list[int], query_l
     assert merges[: len(want.merges)].tolist() == want.merges.tolist()
     assert not merges[len(want.merges) :, 4].any()
     assert programs.dtype == items.dtype == merges.dtype == torch.int32
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes, lengths_of, st.sampled_from([1, 1, 2, 4, 7]), st.booleans(), st.integers(1, 99))
+def test_whole_lists_hold_each_block_of_rows_once_and_uncut(
+    shape: Shape, lengths: list[int], query_len: int, causal: bool, stride: int
+) -> None:
+    """What an item is depends on its own sequence alone: those of a batch are those of its sequences one by one, whatever runs them."""
+
+    def items_of(part: list[int]) -> list[list[int]]:
+        programs, items, merges = device_work(shape, stride, torch.tensor(part, dtype=torch.int32), query_len, causal, whole=True)
+        assert len(merges) == 0
+        counts = programs.tolist()
+        assert counts[0] == 0 and counts == sorted(counts) and len(programs) - 1 <= max(shape.num_programs, shape.blocks_per_token)
+        return items[: counts[-1]].tolist()
+
+    items = items_of(lengths)
+    rows = -(-query_len * shape.num_heads // shape.block_rows)
+    assert len(items) == rows * len(lengths)
+    alone = []
+    for row, length in enumerate(lengths):
+        alone += [[row * stride, row * query_len, *item[2:]] for item in items_of([length])]
+    assert sorted(items) == sorted(alone)
+    assert all(item[5] == 0 and item[7] == -1 for item in items)
+    if query_len == 1:
+        assert all(item[6] == item[3] for item in items)

@@ -61,6 +61,7 @@ def test_parameters_are_flashmlas() -> None:
     assert names == [
         "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits", "softmax_scale", "causal",
         "is_fp8_kvcache", "indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length",
+        "out", "enable_batch_invariant",
     ]  # fmt: skip
     meta, splits = flash_mla.get_mla_metadata(torch.tensor([17, 0], dtype=torch.int32), 4, 2)
     call(tile_scheduler_metadata=meta, num_splits=splits)
@@ -73,6 +74,24 @@ def test_sink_scales_the_output_and_leaves_lse() -> None:
     (out, lse), (plain, plain_lse) = call(q=q, k_cache=cache, attn_sink=sink), call(q=q, k_cache=cache)
     assert torch.equal(lse, plain_lse)
     torch.testing.assert_close(out[0, 0], plain[0, 0] * torch.sigmoid(lse[0, :, 0] - sink)[:, None])
+
+
+@pytest.mark.parametrize("more", [{}, {"indices": torch.tensor([[[0, 17, -1, 5]], [[-1, -1, -1, -1]]], dtype=torch.int32)}])
+def test_result_is_written_where_the_caller_says(more: dict[str, Any]) -> None:
+    """With or without indices; rows that see nothing too."""
+    q, cache = torch.randn(2, 1, 4, 48), torch.randn(6, 16, 1, 48)
+    place = torch.full((3, 1, 4, 32), 7.0)
+    want, want_lse = call(q=q, k_cache=cache, **more)
+    out, lse = call(q=q, k_cache=cache, out=place[1:], **more)
+    assert out.data_ptr() == place[1:].data_ptr() and torch.equal(place[1:], want) and torch.equal(lse, want_lse) and (place[0] == 7).all()
+
+
+def test_batch_invariance_is_one_of_what_calls_of_a_metadata_object_share() -> None:
+    meta, _ = flash_mla.get_mla_metadata()
+    call(tile_scheduler_metadata=meta, enable_batch_invariant=True)
+    call(tile_scheduler_metadata=meta, enable_batch_invariant=True)
+    with pytest.raises(InvalidValue, match="enable_batch_invariant"):
+        call(tile_scheduler_metadata=meta)
 
 
 LISTED_CALL = {"indices": torch.zeros(2, 1, 4, dtype=torch.int32), "k_cache": torch.randn(6, 16, 1, 48)}
@@ -108,6 +127,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("cache_seqlens", {"cache_seqlens": torch.tensor([17, 33], dtype=torch.int32)}),
     ("cache_seqlens", {"cache_seqlens": torch.tensor([17, -1], dtype=torch.int32)}),
     ("attn_sink", {"attn_sink": torch.zeros(3)}),
+    ("enable_batch_invariant", {"enable_batch_invariant": 1}),
+    ("out", {"out": torch.zeros(2, 1, 4, 48)}),
+    ("out", {"out": torch.zeros(2, 1, 4, 32).half()}),
+    ("out", {"out": torch.zeros(2, 1, 4, 64)[..., :32]}),
 ]
 
 

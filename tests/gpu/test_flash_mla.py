@@ -70,6 +70,58 @@ def test_schedule_is_made_on_the_device_and_serves_a_captured_graph() -> None:
             assert torch.isposinf(lse[lengths == 0]).all() and not out[lengths == 0].any()
 
 
+@pytest.mark.parametrize("kernel", ["chosen", "triton"])
+@pytest.mark.parametrize("tokens,heads,kv_heads,causal", [(1, 16, 1, True), (1, 128, 1, True), (4, 40, 1, True), (2, 16, 2, False)])
+def test_batch_invariance_and_out(
+    tokens: int, heads: int, kv_heads: int, causal: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence alone and in two batches: the same bits, right ones, where the caller wants them. Without it, the long ones are cut."""
+    if kernel == "triton":
+        monkeypatch.setattr("kvmanager.attention.choice.choose_kernel", lambda *_: Choice("triton", "a test"))
+    lengths = [5000, 64, 0, 9000, 130, 5000]
+    q = torch.randn(6, tokens, heads, 576, device="cuda").bfloat16()
+    cache = torch.randn(600, 64, kv_heads, 576, device="cuda").bfloat16() / 10
+    table = torch.randperm(600, device="cuda")[:600].int().view(6, 100)[:, :100]
+    table = torch.cat([table, table.flip(1)], 1).contiguous()
+
+    def run(rows: list[int], out: torch.Tensor | None = None, invariant: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        meta, splits = get_mla_metadata()
+        given = torch.tensor([lengths[row] for row in rows], dtype=torch.int32, device="cuda")
+        return flash_mla_with_kvcache(
+            q[rows], cache, table[rows], given, 512, meta, splits, causal=causal, out=out, enable_batch_invariant=invariant
+        )
+
+    place = torch.full((6, tokens, heads, 512), float("nan"), device="cuda", dtype=torch.bfloat16)
+    out, lse = run(list(range(6)), place)
+    assert out.data_ptr() == place.data_ptr()
+    for rows in ([0], [3], [5, 2, 1], [3] * 5 + [4], [0, 3]):
+        part, part_lse = run(rows)
+        assert torch.equal(part, out[rows]) and torch.equal(part_lse, lse[rows])
+    free, free_lse = run(list(range(6)), invariant=False)
+    assert (free.float() - out.float()).abs().max() < 1e-2 and (free_lse - lse).nan_to_num(nan=0.0).abs().max() < 1e-3
+    assert not torch.equal(run([0], invariant=False)[1], run([0])[1])
+
+
+def test_listed_slots_are_batch_invariant_and_written_where_the_caller_says() -> None:
+    q = torch.randn(70, 1, 64, 576, device="cuda").bfloat16()
+    cache = torch.randn(100, 64, 1, 576, device="cuda").bfloat16() / 10
+    indices = torch.randint(-1, 6400, (70, 1, 2048), device="cuda", dtype=torch.int32)
+
+    def run(rows: slice, invariant: bool, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        meta = get_mla_metadata()[0]
+        return flash_mla_with_kvcache(
+            q[rows], cache, None, None, 512, meta, indices=indices[rows], out=out, enable_batch_invariant=invariant
+        )
+
+    place = torch.full((70, 1, 64, 512), float("nan"), device="cuda", dtype=torch.bfloat16)
+    out, lse = run(slice(0, 70), True, place)
+    assert out.data_ptr() == place.data_ptr() and not torch.isnan(place).any()
+    for rows in (slice(0, 1), slice(3, 8), slice(20, 70)):
+        part, part_lse = run(rows, True)
+        assert torch.equal(part, out[rows]) and torch.equal(part_lse, lse[rows])
+    assert not torch.equal(run(slice(0, 1), False)[1], lse[:1])
+
+
 def test_one_case_of_each_layout() -> None:
     """Tables that are a part of wider ones, a layer of page-major memory, one query that is strided."""
     wide = torch.full((3, 9), 2147480000, dtype=torch.int32, device="cuda")
