@@ -1,9 +1,12 @@
 """Write new latents into their page slots: as they are, in eight bits, or straight from the projection.
 
 Floor: every latent is read once and written once, num_tokens * (bytes of a row + bytes of a slot) at copy bandwidth. Slots are random, so
-what counts is 16-byte vectors over whole entries and enough of them in flight: a program takes several tokens, and their rows are fetched
-before it is known which of them are dropped.
+what counts is 16-byte vectors over whole entries and enough of them in flight: rows are fetched before it is known which of them are dropped.
+Few tokens cost what a launch does, and the way from a load to a store: a token a program, and overlapped launches.
 """
+
+# mypy: disable-error-code="assignment, var-annotated"
+# (tuples that loops of a kernel put together)
 
 from typing import NamedTuple
 
@@ -11,14 +14,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvmanager.kernels.latent_formats import GROUP, Stored, group_scale_bits, to_e4m3, to_type
+from kvmanager.kernels.latent_formats import GROUP, Stored, group_scale_bits, rounded_to, to_e4m3, to_type
 
 __all__ = ["Projection", "write_latent", "write_projection", "write_quantised"]
 
-BLOCK_TOKENS = 2  # tokens a program copies: 2 to 8 time alike on an H100 at 65,536 tokens, 2 is the fastest at 128
-BLOCK_TOKENS_RAW = 8  # with a norm; one number for any step, since the order of its sum may not depend on the batch
+FEW_TOKENS = 1024  # up to here all programs run at once, a token each
+
+
+class _Tile(NamedTuple):
+    """What a program writes: so many tokens, all of them asked for before one is written."""
+
+    block_tokens: int
+    num_warps: int
+
+
+# Few tokens, and more. The norm's sum is added up by one warp in either, so that a row gets the same bits in any step; nothing else has an order.
+_TILES = (_Tile(1, 4), _Tile(2, 4))
+_TILES_RAW = (_Tile(1, 1), _Tile(2, 1))
 
 
 def write_latent(latent: Tensor, slots: Tensor, pages: Tensor, rank: int, overlap: bool = False) -> None:
@@ -28,14 +42,17 @@ def write_latent(latent: Tensor, slots: Tensor, pages: Tensor, rank: int, overla
     slots   [num_tokens]                   int64, device; page_id * page_size + offset; -1 is padding, out of range is dropped
     pages   [num_pages, page_size, entry]  dtype of latent; one layer's view of page-major memory, page stride may pass 2**31 elements
     rank    kv_lora_rank; the entry is copied as rank + the rest, which are powers of two where the model's dimensions are
-    overlap sm_90 and newer: start while the kernel before still runs, and wait for its end inside (programmatic dependent launch)
+    overlap sm_90 and newer: start while the kernel before still runs, and wait for its end inside (programmatic dependent launch); of few
+            tokens, let the next kernel do so as well
 
     One launch, no allocation, no host sync: safe under graph capture. Slots must be distinct: which of two equal ones wins is undefined."""
     num_tokens, entry = latent.shape
     if num_tokens == 0:
         return
     num_pages, page_size = pages.shape[0], pages.shape[1]
-    _write_latent_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS),)](
+    is_few = num_tokens <= FEW_TOKENS
+    tile = _TILES[not is_few]
+    _write_latent_kernel[(triton.cdiv(num_tokens, tile.block_tokens),)](
         latent,
         slots,
         pages,
@@ -49,9 +66,10 @@ def write_latent(latent: Tensor, slots: Tensor, pages: Tensor, rank: int, overla
         ROPE=entry - rank,
         BLOCK_RANK=triton.next_power_of_2(rank),
         BLOCK_ROPE=triton.next_power_of_2(entry - rank),
-        BLOCK_TOKENS=BLOCK_TOKENS,
+        BLOCK_TOKENS=tile.block_tokens,
         HAS_OVERLAP=overlap,
-        num_warps=4,
+        IS_FEW=is_few,
+        num_warps=tile.num_warps,
         **({"launch_pdl": True} if overlap else {}),
     )
 
@@ -111,8 +129,9 @@ def _launch(latent: Tensor, slots: Tensor, stored: Stored, projection: Projectio
     is_raw = projection is not None
     weight, eps, cos_sin, positions, source, target = projection or (latent, 0.0, latent, slots, "half", "half")
     scales = values if group_scales is None else group_scales
-    block_tokens = BLOCK_TOKENS_RAW if is_raw else BLOCK_TOKENS
-    _write_values_kernel[(triton.cdiv(num_tokens, block_tokens),)](
+    is_few = num_tokens <= FEW_TOKENS
+    tile = (_TILES_RAW if is_raw else _TILES)[not is_few]
+    _write_values_kernel[(triton.cdiv(num_tokens, tile.block_tokens),)](
         latent,
         slots,
         values,
@@ -145,14 +164,15 @@ def _launch(latent: Tensor, slots: Tensor, stored: Stored, projection: Projectio
         IS_ROPE_FP8=rope.dtype == torch.float8_e4m3fn,
         IS_SOURCE_INTERLEAVED=source == "interleaved",
         IS_TARGET_INTERLEAVED=target == "interleaved",
-        BLOCK_TOKENS=block_tokens,
+        BLOCK_TOKENS=tile.block_tokens,
         HAS_OVERLAP=overlap,
-        num_warps=4,
+        IS_FEW=is_few,
+        num_warps=tile.num_warps,
         **({"launch_pdl": True} if overlap else {}),
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_latent_kernel(
     latent_ptr,
     slots_ptr,
@@ -169,25 +189,26 @@ def _write_latent_kernel(
     BLOCK_ROPE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     HAS_OVERLAP: tl.constexpr,
+    IS_FEW: tl.constexpr,
 ):
     if HAS_OVERLAP:
-        gdc_wait()
-    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # [BLOCK_TOKENS]
-    slot = tl.load(slots_ptr + token, mask=token < num_tokens, other=-1)
-    # -1 and out of range are settled before // and %, which truncate toward zero: -1 // 64 would be page 0
-    valid = (slot >= 0) & (slot < num_slots)
-    slot = tl.where(valid, slot, 0)
-    source = latent_ptr + token * stride_latent_token
-    target = pages_ptr + (slot // PAGE_SIZE) * stride_pages_page + (slot % PAGE_SIZE) * stride_pages_slot
-
-    column = tl.arange(0, BLOCK_RANK)
-    rope = tl.arange(0, BLOCK_ROPE)
-    is_column, is_rope = (column < RANK)[None, :], (rope < ROPE)[None, :]
-    is_token = (token < num_tokens)[:, None]  # not `valid`: a row need not wait for its slot
-    value = tl.load(source[:, None] + column[None, :], mask=is_token & is_column)  # [BLOCK_TOKENS, BLOCK_RANK]
-    value_rope = tl.load(source[:, None] + RANK + rope[None, :], mask=is_token & is_rope)
-    tl.store(target[:, None] + column[None, :], value, mask=valid[:, None] & is_column)
-    tl.store(target[:, None] + RANK + rope[None, :], value_rope, mask=valid[:, None] & is_rope)
+        _overlap(IS_FEW)
+    column, rope = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_ROPE)
+    is_column, is_rope = column < RANK, rope < ROPE
+    first = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS
+    slots, rows, ropes = (), (), ()
+    for n in tl.static_range(BLOCK_TOKENS):  # all rows are asked for before one is written, whether or not there is a slot for it
+        token = first + n
+        is_token = token < num_tokens
+        source = latent_ptr + token * stride_latent_token
+        slots += (tl.load(slots_ptr + token, mask=is_token, other=-1),)
+        rows += (tl.load(source + column, mask=_where(is_token, is_column)),)  # [BLOCK_RANK]
+        ropes += (tl.load(source + RANK + rope, mask=_where(is_token, is_rope)),)  # [BLOCK_ROPE]
+    for n in tl.static_range(BLOCK_TOKENS):
+        valid, page, offset = _place(slots[n], num_slots, PAGE_SIZE)
+        target = pages_ptr + page * stride_pages_page + offset * stride_pages_slot
+        tl.store(target + column, rows[n], mask=_where(valid, is_column))
+        tl.store(target + RANK + rope, ropes[n], mask=_where(valid, is_rope))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -226,61 +247,115 @@ def _write_values_kernel(
     IS_TARGET_INTERLEAVED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     HAS_OVERLAP: tl.constexpr,
+    IS_FEW: tl.constexpr,
 ):
     if HAS_OVERLAP:
-        gdc_wait()
-    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # [BLOCK_TOKENS]
-    is_token = token < num_tokens
-    slot = tl.load(slots_ptr + token, mask=is_token, other=-1)
-    valid = (slot >= 0) & (slot < num_slots)  # before // and %, as above
-    slot = tl.where(valid, slot, 0)
-    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
-    source = latent_ptr + token * stride_latent_token
-    column = tl.arange(0, BLOCK_RANK)
-    is_column = (column < RANK)[None, :]
-    half, side = tl.arange(0, BLOCK_HALF), tl.arange(0, 2)
-    # Value `side` of rotating pair `half`: side by side, or half a k_pe apart. [BLOCK_HALF, 2]
-    from_rope = half[:, None] * 2 + side[None, :] if IS_SOURCE_INTERLEAVED else half[:, None] + side[None, :] * (ROPE // 2)
-    to_rope = half[:, None] * 2 + side[None, :] if IS_TARGET_INTERLEAVED else half[:, None] + side[None, :] * (ROPE // 2)
-    is_half = (half < ROPE // 2)[None, :]
-
-    value = tl.load(source[:, None] + column[None, :], mask=is_token[:, None] & is_column, other=0.0)
-    k_pe = tl.load(
-        source[:, None, None] + RANK + from_rope[None, :, :], mask=is_token[:, None, None] & is_half[:, :, None], other=0.0
-    )  # [BLOCK_TOKENS, BLOCK_HALF, 2]
-    stored_type = value.dtype
-    value, k_pe = value.to(tl.float32), k_pe.to(tl.float32)
+        _overlap(IS_FEW)
+    column, half, rope = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_HALF), tl.arange(0, 2 * BLOCK_HALF)
+    is_column, is_half, is_rope = column < RANK, half < ROPE // 2, rope < ROPE
+    stored_type: tl.constexpr = latent_ptr.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS
+    # Everything is asked for before anything is computed, what the longest chain begins with first: position, cosine, rotation.
+    positions, slots, rows, lefts, rights = (), (), (), (), ()
+    for n in tl.static_range(BLOCK_TOKENS):
+        token = first + n
+        is_token = token < num_tokens
+        source = latent_ptr + token * stride_latent_token
+        if IS_RAW:
+            positions += (tl.load(positions_ptr + token, mask=is_token, other=-1),)
+        slots += (tl.load(slots_ptr + token, mask=is_token, other=-1),)
+        rows += (tl.load(source + column, mask=_where(is_token, is_column), other=0.0),)  # [BLOCK_RANK]
+        if IS_RAW and not IS_SOURCE_INTERLEAVED:
+            lefts += (tl.load(source + RANK + half, mask=_where(is_token, is_half), other=0.0),)  # [BLOCK_HALF]
+            rights += (tl.load(source + RANK + ROPE // 2 + half, mask=_where(is_token, is_half), other=0.0),)
+        else:
+            lefts += (tl.load(source + RANK + rope, mask=_where(is_token, is_rope), other=0.0),)  # [2 * BLOCK_HALF]
+    cosines, sines = (), ()
     if IS_RAW:
-        position = tl.load(positions_ptr + token, mask=is_token, other=-1)
-        is_position = ((position >= 0) & (position < num_positions))[:, None] & is_half
-        row = cos_sin_ptr + tl.where((position >= 0) & (position < num_positions), position, 0)[:, None] * stride_cos_sin_position
-        cos = tl.load(row + half[None, :], mask=is_position, other=float("nan")).to(tl.float32)  # [BLOCK_TOKENS, BLOCK_HALF]
-        sin = tl.load(row + ROPE // 2 + half[None, :], mask=is_position, other=float("nan")).to(tl.float32)
-        weight = tl.load(weight_ptr + column, mask=column < RANK, other=0.0).to(tl.float32)
-        mean = tl.sum(value * value, 1) / RANK
-        value = value * tl.rsqrt(mean + eps)[:, None] * weight[None, :]
-        value = to_type(value, stored_type).to(tl.float32)
-        x, y = tl.split(k_pe)
-        k_pe = to_type(tl.join(x * cos - y * sin, y * cos + x * sin), stored_type).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=is_column, other=0.0)
+        for n in tl.static_range(BLOCK_TOKENS):
+            is_position = (positions[n] >= 0) & (positions[n] < num_positions)
+            row = cos_sin_ptr + tl.where(is_position, positions[n], 0) * stride_cos_sin_position
+            cosines += (tl.load(row + half, mask=_where(is_position, is_half), other=float("nan")),)
+            sines += (tl.load(row + ROPE // 2 + half, mask=_where(is_position, is_half), other=float("nan")),)
 
-    if GROUP:
-        groups = tl.reshape(value, [BLOCK_TOKENS, BLOCK_RANK // GROUP, GROUP])
-        size = tl.abs(groups)
-        top = tl.max(tl.where(size <= 3.4028234e38, size, 0.0), 2)  # of the finite ones: NaN is not <= anything
-        bits = group_scale_bits(top)  # [BLOCK_TOKENS, BLOCK_RANK // GROUP]
-        inverse_bits = (254 << 23) - bits  # of a power of two: exact
-        groups = groups * inverse_bits.to(tl.float32, bitcast=True)[:, :, None]
-        value = tl.reshape(groups, [BLOCK_TOKENS, BLOCK_RANK])
-        group = tl.arange(0, BLOCK_RANK // GROUP)
-        scales_row = scales_ptr + page * stride_scales_page + offset * STRIDE_SCALES_SLOT
-        is_group = valid[:, None] & (group < RANK // GROUP)[None, :]
-        tl.store(scales_row[:, None] + group[None, :], bits.to(tl.float32, bitcast=True), mask=is_group)
-    elif IS_FP8:
-        value = value * inverse
-        k_pe = k_pe * inverse
-    values_row = values_ptr + page * stride_values_page + offset * STRIDE_VALUES_SLOT
-    rope_row = rope_ptr + page * stride_rope_page + offset * STRIDE_ROPE_SLOT
-    value = to_e4m3(value) if IS_FP8 else to_type(value, values_ptr.dtype.element_ty)
-    k_pe = to_e4m3(k_pe) if IS_ROPE_FP8 else to_type(k_pe, rope_ptr.dtype.element_ty)
-    tl.store(values_row[:, None] + column[None, :], value, mask=valid[:, None] & is_column)
-    tl.store(rope_row[:, None, None] + to_rope[None, :, :], k_pe, mask=valid[:, None, None] & is_half[:, :, None])
+    for n in tl.static_range(BLOCK_TOKENS):
+        value = rows[n].to(tl.float32)
+        valid, page, offset = _place(slots[n], num_slots, PAGE_SIZE)
+        if IS_RAW:
+            mean = tl.sum(value * value, 0) / RANK
+            value = _rounded_once(value * tl.rsqrt(mean + eps) * weight.to(tl.float32), stored_type, values_ptr.dtype.element_ty)
+        if GROUP:
+            groups = tl.reshape(value, [BLOCK_RANK // GROUP, GROUP])
+            size = tl.abs(groups)
+            top = tl.max(tl.where(size <= 3.4028234e38, size, 0.0), 1)  # of the finite ones: NaN is not <= anything
+            bits = group_scale_bits(top)  # [BLOCK_RANK // GROUP]
+            inverse_bits = (254 << 23) - bits  # of a power of two: exact
+            value = tl.reshape(groups * inverse_bits.to(tl.float32, bitcast=True)[:, None], [BLOCK_RANK])
+            group = tl.arange(0, BLOCK_RANK // GROUP)
+            scales_row = scales_ptr + page * stride_scales_page + offset * STRIDE_SCALES_SLOT
+            tl.store(scales_row + group, bits.to(tl.float32, bitcast=True), mask=_where(valid, group < RANK // GROUP))
+        elif IS_FP8:
+            value = value * inverse
+        value = to_e4m3(value) if IS_FP8 else to_type(value, values_ptr.dtype.element_ty)
+        tl.store(values_ptr + page * stride_values_page + offset * STRIDE_VALUES_SLOT + column, value, mask=_where(valid, is_column))
+
+        rope_row = rope_ptr + page * stride_rope_page + offset * STRIDE_ROPE_SLOT
+        factor = inverse if IS_ROPE_FP8 else 1.0
+        if IS_RAW:
+            if IS_SOURCE_INTERLEAVED:
+                x, y = tl.split(tl.reshape(lefts[n], [BLOCK_HALF, 2]))
+            else:
+                x, y = lefts[n], rights[n]
+            x, y, cos, sin = x.to(tl.float32), y.to(tl.float32), cosines[n].to(tl.float32), sines[n].to(tl.float32)
+            left = _rounded_once(x * cos - y * sin, stored_type, rope_ptr.dtype.element_ty)
+            right = _rounded_once(y * cos + x * sin, stored_type, rope_ptr.dtype.element_ty)
+            if IS_TARGET_INTERLEAVED:
+                k_pe = tl.reshape(tl.join(left, right), [2 * BLOCK_HALF])
+                tl.store(rope_row + rope, _stored_rope(k_pe, factor, rope_ptr, IS_ROPE_FP8), mask=_where(valid, is_rope))
+            else:
+                tl.store(rope_row + half, _stored_rope(left, factor, rope_ptr, IS_ROPE_FP8), mask=_where(valid, is_half))
+                tl.store(rope_row + ROPE // 2 + half, _stored_rope(right, factor, rope_ptr, IS_ROPE_FP8), mask=_where(valid, is_half))
+        else:
+            k_pe = lefts[n].to(tl.float32)
+            tl.store(rope_row + rope, _stored_rope(k_pe, factor, rope_ptr, IS_ROPE_FP8), mask=_where(valid, is_rope))
+
+
+@triton.jit
+def _overlap(IS_FEW: tl.constexpr):
+    """Wait for the kernel before; and let the next one be launched at once, which will wait for this one by itself.
+
+    Only if all programs run at the same time: those of the next would take the places of this one's that have not begun."""
+    if IS_FEW:
+        gdc_launch_dependents()
+    gdc_wait()
+
+
+@triton.jit
+def _place(slot, num_slots, PAGE_SIZE: tl.constexpr):
+    """Whether there is such a slot; and its page and its offset there, those of slot 0 where there is none.
+
+    -1 and out of range are settled before // and %, which truncate toward zero: -1 // 64 would be page 0. Unsigned, they are shifts."""
+    valid = (slot >= 0) & (slot < num_slots)
+    index = tl.where(valid, slot, 0).to(tl.uint64)
+    return valid, (index // PAGE_SIZE).to(tl.int64), (index % PAGE_SIZE).to(tl.int64)
+
+
+@triton.jit
+def _where(flag, mask):
+    """mask [any] if the scalar flag is set, or else nothing. (The interpreter takes no flag & mask.)"""
+    return mask & (tl.full(mask.shape, flag.to(tl.int32), tl.int32) != 0)
+
+
+@triton.jit
+def _rounded_once(value, dtype: tl.constexpr, target: tl.constexpr):
+    """float32 rounded to dtype, unless storing it as `target` does that."""
+    if dtype == target:
+        return value
+    else:
+        return rounded_to(value, dtype)
+
+
+@triton.jit
+def _stored_rope(value, factor, rope_ptr, IS_ROPE_FP8: tl.constexpr):
+    return to_e4m3(value * factor) if IS_ROPE_FP8 else to_type(value, rope_ptr.dtype.element_ty)

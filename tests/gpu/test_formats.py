@@ -9,10 +9,11 @@ from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import Problem, assert_close, check_attention, make_problem
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.kernels.latent_formats import view_pages
-from kvmanager.kernels.latent_write import Projection, write_projection, write_quantised
+from kvmanager.kernels.latent_write import FEW_TOKENS, Projection, write_latent, write_projection, write_quantised
 
 FP8 = torch.float8_e4m3fn
 SCALE = 0.03
+OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
@@ -62,6 +63,37 @@ def test_quantised_write_gives_the_bytes_of_the_cpu_and_touches_nothing_else(
     assert torch.equal(got_bytes, want_bytes)
 
 
+@pytest.mark.skipif(not OVERLAP, reason="programmatic dependent launch needs sm_90")
+@pytest.mark.parametrize("num_tokens", [3, 300, 3000])
+def test_overlapped_write_waits_for_what_was_launched_before_it(num_tokens: int) -> None:
+    """Each write reads what the kernel before it has just put there: latents, slots; eager and in a graph, 50 times over."""
+    latent, slots = torch.zeros((num_tokens, 576), device="cuda").bfloat16(), torch.zeros(num_tokens, dtype=torch.int64, device="cuda")
+    pages, back = torch.zeros((100, 64, 576), device="cuda").bfloat16(), torch.empty((num_tokens, 576), device="cuda").bfloat16()
+    orders = [torch.randperm(6400, device="cuda")[:num_tokens] for _ in range(50)]
+    sums = torch.zeros(50, device="cuda")
+
+    def steps() -> None:
+        for index, order in enumerate(orders):
+            slots.copy_(order)
+            latent.fill_(index + 1)
+            write_latent(latent, slots, pages, 512, overlap=True)
+            write_latent(latent * 2, slots, pages, 512, overlap=True)
+            torch.index_select(pages.flatten(0, 1), 0, order, out=back)
+            torch.sum(back, (0, 1), dtype=torch.float32, out=sums[index])
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    want = torch.arange(1, 51, device="cuda") * 2.0 * num_tokens * 576
+    with torch.cuda.stream(stream):
+        steps()
+        assert torch.equal(sums, want)
+        with torch.cuda.graph(graph, stream=stream):
+            steps()
+        for _ in range(20):
+            sums.zero_()
+            graph.replay()
+            assert torch.equal(sums, want)
+
+
 @pytest.mark.parametrize("source_order,target_order", [("interleaved", "interleaved"), ("interleaved", "half"), ("half", "half")])
 @pytest.mark.parametrize(
     "dtype,source,rank,rope",
@@ -92,6 +124,27 @@ def test_projection_equals_float64(
     untouched = torch.ones_like(whole[..., 0], dtype=torch.bool)
     untouched[(1 + slots[kept] // 64).cuda(), 1, (slots[kept] % 64).cuda()] = False
     assert torch.equal(as_bytes(whole)[untouched.cpu()], as_bytes(before)[untouched.cpu()])
+
+
+@pytest.mark.parametrize("rank,rope", [(512, 64), (256, 32), (80, 48)])
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16, torch.float32])
+def test_row_from_the_projection_gets_the_same_bytes_alone_and_among_thousands(source: torch.dtype, rank: int, rope: int) -> None:
+    """A norm's sum has one order, whatever the number of tokens makes of the launch; overlapped with the one before or not."""
+    raw = (torch.randn((FEW_TOKENS + 37, rank + rope), device="cuda") * 2).to(source)
+    weight, angle = 1 + 0.1 * torch.randn(rank, device="cuda"), torch.rand((5000, rope // 2), device="cuda") * 6
+    cos_sin, positions = torch.cat([angle.cos(), angle.sin()], 1), torch.randint(0, 5000, (len(raw),), device="cuda")
+    slots = torch.arange(len(raw), device="cuda")
+    formats = (source, FP8, torch.uint8) if rank == 512 and source != torch.float32 else (source, FP8)
+    for dtype in formats:
+        written = []
+        for step, overlap in ((len(raw), False), (1, False), (500, OVERLAP), (7, OVERLAP)):
+            _, pages = pool_on("cuda", dtype, 656 if dtype == torch.uint8 else rank + rope, 64)
+            for first in range(0, len(raw), step):
+                part = slice(first, first + step)
+                projection = Projection(weight, 1e-6, cos_sin, positions[part], "interleaved", "half")
+                write_projection(raw[part], slots[part], view_pages(pages, rank, SCALE), projection, overlap)
+            written.append(as_bytes(pages))
+        assert all(torch.equal(written[0], other) for other in written[1:])
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128])

@@ -170,11 +170,11 @@ def sparse(everything: bool) -> Launches:
 
 
 def write(everything: bool) -> Launches:
-    def launch(layout: LatentLayout, raw: bool, overlap: bool, orders: tuple[str, str]) -> None:
+    def launch(layout: LatentLayout, raw: bool, overlap: bool, orders: tuple[str, str], tokens: int) -> None:
         pages, stored = _stored(layout)
         latent, slots = (
-            torch.empty((TOKENS, layout.entry), dtype=getattr(torch, layout.value_dtype)),
-            torch.zeros(TOKENS, dtype=torch.int64),
+            torch.empty((tokens, layout.entry), dtype=getattr(torch, layout.value_dtype)),
+            torch.zeros(tokens, dtype=torch.int64),
         )
         if raw:
             weight, cos_sin = latent[0, : layout.kv_lora_rank].contiguous(), torch.empty((64, layout.qk_rope_head_dim))
@@ -195,8 +195,9 @@ def write(everything: bool) -> Launches:
         ((512, 64), "fp8_ds_mla", True),
         ((512, 64), "float8_e4m3fn", True),
     ):
-        arguments = (_layout(dims, 64, dtype), raw, True, next(orders))
-        yield f"write {dims[0]}+{dims[1]} {dtype}{' raw' if raw else ''}", lambda a=arguments: launch(*a)  # type: ignore[misc]
+        for tokens in (TOKENS, latent_write.FEW_TOKENS + 1):
+            arguments = (_layout(dims, 64, dtype), raw, True, next(orders), tokens)
+            yield f"write {dims[0]}+{dims[1]} {dtype}{' raw' if raw else ''} {tokens} tokens", lambda a=arguments: launch(*a)  # type: ignore[misc]
 
 
 def merge(everything: bool) -> Launches:
@@ -234,6 +235,27 @@ def move(everything: bool) -> Launches:
 FAMILIES = (hopper, hopper_fp8, decode, sparse, write, merge, state, move)
 
 
+def loose_arrivals(code: str) -> int:
+    """How often one thread arrives at an mbarrier for its warpgroups without a barrier of theirs right before, behind all that they access.
+
+    What racecheck does not follow, and the list of what it may report rests on (tests/gpu/sanitize.py)."""
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.MULTILINE)
+    loose = 0
+    for index, instruction in enumerate(instructions):
+        if "SYNCS.ARRIVE.TRANS64.A1T0" not in instruction:
+            continue
+        before = next(
+            (
+                found
+                for found in reversed(instructions[:index])
+                if re.search(r"\b(BAR|STS|STSM|LDS|LDSM|HGMMA|WARPGROUP|BRA|SYNCS)\b", found)
+            ),
+            "",
+        )
+        loose += re.search(r"^BAR\.SYNC\S* 0x\w+, 0x(80|100)", before.strip()) is None
+    return loose
+
+
 def measure(kernel: triton.compiler.CompiledKernel, log: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -245,6 +267,8 @@ def measure(kernel: triton.compiler.CompiledKernel, log: str) -> dict[str, Any]:
         "spilled": max(int(number) for number in re.findall(r"(\d+) bytes spill", log)),
         "registers": max(int(number) for number in re.findall(r"Used (\d+) registers", log)),
         "shared": kernel.metadata.shared,
+        "loose": loose_arrivals(code),
+        "arrivals": code.count("SYNCS.ARRIVE.TRANS64.A1T0"),
         **{name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "UTMALDG", "LDL", "STL")},
     }
 
