@@ -16,10 +16,10 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu-test gpu-bench clean
+.PHONY: help demo test lint gpu-test gpu-bench gpu-sanitize clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## manager, prefill and decode workers serve a small model; the text is compared with transformers' own
 	@$(BIN)/kvmanager demo $(ARGS)
@@ -52,6 +52,9 @@ gpu-bench: ## check the kernels, then time them: card, floor, time, percent of f
 	@$(RUN) $(PYTHON) benchmarks/bench_plan.py
 	@$(RUN) $(PYTHON) benchmarks/result_files.py
 	@$(RUN) $(PYTHON) benchmarks/plot_kernels.py --png docs/roofline.png
+
+gpu-sanitize: ## every kernel on a small case under compute-sanitizer: memcheck and racecheck; nothing is installed
+	@$(RUN) $(PYTHON) tests/gpu/sanitize.py $(ARGS)
 
 clean: ## remove build outputs and caches (.venv stays; rm -r it to begin anew)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
