@@ -82,6 +82,7 @@ class ManagerConfig:
     client_lease_ms      a client that sends no command for this long is taken for dead and its sequences are closed; 0: never
     handoff_timeout_ms   a moving handoff that gets no further for this long is aborted; 0: never
     handoff_wait_ms      the same for one that waits for tokens to be written or for pages of its target
+    handoff_prefill_ms   the same for one whose source has tokens to write and reports neither more tokens nor more layers; 0: never
     handoff_tries        times that one worker tries one pull
     drain_at_once        sequences that leave a draining pool at a time
     heartbeat_ms         an idle publisher says where it stands this often
@@ -114,6 +115,7 @@ class ManagerConfig:
     client_lease_ms: int = 0
     handoff_timeout_ms: int = 5_000
     handoff_wait_ms: int = 60_000
+    handoff_prefill_ms: int = 5_000
     handoff_tries: int = 3
     drain_at_once: int = 32
     heartbeat_ms: int = 200
@@ -154,6 +156,7 @@ class ManagerConfig:
         check_int("client_lease_ms", self.client_lease_ms, 0, 86_400_000)
         check_int("handoff_timeout_ms", self.handoff_timeout_ms, 0, 86_400_000)
         check_int("handoff_wait_ms", self.handoff_wait_ms, 0, 86_400_000)
+        check_int("handoff_prefill_ms", self.handoff_prefill_ms, 0, 86_400_000)
         check_int("handoff_tries", self.handoff_tries, 1, 1000)
         check_int("drain_at_once", self.drain_at_once, 1, 1 << 20)
         check_int("heartbeat_ms", self.heartbeat_ms, 5, 60_000)

@@ -518,6 +518,8 @@ class HandoffRestored(NamedTuple):
     target_node: int
     flushed: int
     streaming: int
+    reach_tokens: int
+    reach_layers: int
     pullers: Ints64
     sources: Ints64
     failures: Ints64

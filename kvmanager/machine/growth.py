@@ -15,7 +15,7 @@ from kvmanager.errors import InvalidValue, KVError, OutOfPages, SequenceTooLarge
 from kvmanager.machine import events as ev
 from kvmanager.machine.commands import Step
 from kvmanager.machine.draft import Draft
-from kvmanager.machine.owners import note_place, note_publishable
+from kvmanager.machine.owners import note_owing, note_place, note_publishable
 from kvmanager.machine.state import State
 from kvmanager.pages.accounts import Account
 from kvmanager.pages.sequences import SLOT_MASK, Tables
@@ -267,14 +267,25 @@ def apply_grown(state: State, event: ev.SequencesGrown) -> None:
     if len(event.pages):
         _hand_out(state, np.repeat(state.tables.rows(event.ids), event.page_counts), event.pages)
     state.tables.grow(event.ids, event.counts, event.page_counts, event.pages)
+    _note_owing(state, event.ids)
 
 
 def apply_grown_again(state: State, event: ev.GrownAgain) -> None:
     state.tables.grow_again(NONE, NONE)
+    _note_owing(state, state.tables.last_ids)
 
 
 def apply_grown_further(state: State, event: ev.GrownFurther) -> None:
     _hand_out(state, state.tables.grow_again(event.at, event.pages), event.pages)
+    _note_owing(state, state.tables.last_ids)
+
+
+def _note_owing(state: State, ids: np.ndarray) -> None:
+    """Nothing to look for while no handoff waits for tokens; else what the batch has in common with those that do."""
+    if prefilling := state.handoffs.prefilling:
+        for sequence_id in ids.tolist():
+            if sequence_id in prefilling:
+                note_owing(state, sequence_id)
 
 
 def apply_appended(state: State, event: ev.TokensAppended) -> None:

@@ -8,7 +8,7 @@ from kvmanager.errors import InvariantBroken
 from kvmanager.machine import events as ev
 from kvmanager.machine.clients import notify
 from kvmanager.machine.forks import leave_family
-from kvmanager.machine.owners import let_go, note_place, note_publishable
+from kvmanager.machine.owners import let_go, note_owing, note_place, note_publishable
 from kvmanager.machine.state import Notice, State
 from kvmanager.pages.handoff import Handoff, HandoffState
 from kvmanager.pages.prefix import TOKEN_BYTES
@@ -51,6 +51,7 @@ def apply_begun(state: State, event: ev.HandoffBegun) -> None:
     )
     state.next_handoff = event.handoff + 1
     sequence.handoff = event.handoff
+    note_owing(state, event.sequence)
     if event.cause:
         notify(state, sequence.owner, Notice("moving", event.sequence, event.handoff, state.pools[event.target].name, event.cause))
 
@@ -80,9 +81,12 @@ def apply_streaming(state: State, event: ev.HandoffStreaming) -> None:
 
 
 def apply_layers_written(state: State, event: ev.LayersWritten) -> None:
-    """How far it is, the target's workers read in the event; the state needs only to know that it got further."""
-    for handoff_id in event.handoffs.tolist():
-        state.handoffs.progress(handoff_id, state.now_ms)
+    """How far each worker is, the target's workers read in the event; the state needs only to know whether it got further."""
+    for handoff_id, *reach in zip(event.handoffs.tolist(), event.tokens.tolist(), event.layers.tolist(), strict=True):
+        handoff = state.handoffs[handoff_id]
+        if tuple(reach) > handoff.reach:
+            handoff.reach = reach[0], reach[1]
+            state.handoffs.progress(handoff_id, state.now_ms)
 
 
 def apply_sealed(state: State, event: ev.HandoffSealed) -> None:

@@ -1,7 +1,8 @@
 """Handoffs: what the manager decides about them. What their events do: `handoff_events`. The books of one: `kvmanager.pages.handoff`.
 
 A handoff that gets no further is ended by time: a moving one after `handoff_timeout_ms`, one that waits (for tokens to be written, for
-pages in the target) after `handoff_wait_ms`. A pull that failed is tried again, `handoff_tries` times in all. A handoff that names a group
+pages in the target) after `handoff_wait_ms`, and one whose source has something to write and says nothing of it after `handoff_prefill_ms`:
+another target would not help that, so its owner is told that it has stalled, and may compute it elsewhere. A pull that failed is tried again, `handoff_tries` times in all. A handoff that names a group
 then begins anew into another pool of it; each pool is tried once.
 
 Nothing here looks at all handoffs at once: a command costs what it moves on, however many are under way.
@@ -227,7 +228,11 @@ def give_up(draft: Draft, handoff: Handoff, code: str, reason: str) -> None:
 def _clocks(state: State) -> tuple[tuple[Iterable[int], int], ...]:
     """Handoffs that time ends, the one that has waited longest first, and how long each may get no further; 0 is for ever."""
     handoffs, config = state.handoffs, state.config
-    return (handoffs.moving, config.handoff_timeout_ms), (handoffs.waiting, config.handoff_wait_ms)
+    return (
+        (handoffs.moving, config.handoff_timeout_ms),
+        (handoffs.owing, config.handoff_prefill_ms),
+        (handoffs.waiting, config.handoff_wait_ms),
+    )
 
 
 def expire(draft: Draft, now_ms: int) -> None:
@@ -243,9 +248,19 @@ def expire(draft: Draft, now_ms: int) -> None:
         for number in sorted(late):
             handoff = handoffs[number]
             what = f"{handoff.state.name.lower()} for more than {limit} ms without getting further"
+            if among is handoffs.owing:
+                abort(draft, number, "stalled", what + _behind(draft.state, handoff))
+                continue
             pullers = handoff.sources if handoff.state is HandoffState.MOVING else {}
             missing = [draft.state.workers[each].name for each in pullers if each not in handoff.pulled]
             give_up(draft, handoff, "timed_out", what + (f": not pulled by {', '.join(missing)}" if missing else ""))
+
+
+def _behind(state: State, handoff: Handoff) -> str:
+    """Who has not written the sequence to its end, in words."""
+    sequence, length = state.sequences[handoff.sequence_id], state.tables.length(handoff.sequence_id)
+    late = [each for each in state.live_workers(handoff.source) if sequence.written.get(each, 0) < length]
+    return f": not written by {', '.join(state.workers[each].name for each in late)}, {state.written(sequence)} of {length} tokens are"
 
 
 def is_overdue(state: State, now_ms: int) -> bool:

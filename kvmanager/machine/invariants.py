@@ -55,6 +55,12 @@ def check_invariants(state: State) -> None:
                 owners.update(handoff.target_pages)
                 if handoff.target_node is not None:
                     node_refs.update(id(node) for node in handoff.target_node.path())
+                waits = handoff.state is HandoffState.PREFILLING
+                owes = waits and state.written(state.sequences[handoff.sequence_id]) < state.tables.length(handoff.sequence_id)
+                if (handoff.handoff_id in state.handoffs.owing) != owes:
+                    _fail(pool.name, f"handoff {handoff.handoff_id}: its source has something to write: {owes}, listed so: {not owes}")
+        if len(state.handoffs.prefilling) != sum(each.state is HandoffState.PREFILLING for each in state.handoffs.values()):
+            _fail(pool.name, f"handoffs prefilling {state.handoffs.prefilling}")
         load = sum(len(each.tokens) // TOKEN_BYTES for each in state.sequences.values() if each.pool == pool.index)
         if load != pool.load:
             _fail(pool.name, f"load {pool.load}, known tokens {load}")

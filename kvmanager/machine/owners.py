@@ -7,7 +7,7 @@ from kvmanager.pages.pool import Pages, Pool
 from kvmanager.pages.prefix import Node
 from kvmanager.pages.sequences import Sequence
 
-__all__ = ["let_go", "note_place", "note_publishable"]
+__all__ = ["let_go", "note_owing", "note_place", "note_publishable"]
 
 
 def let_go(state: State, pool: Pool, namespace: bytes, pages: Pages, indexed: int, node: Node | None) -> None:
@@ -36,3 +36,11 @@ def note_place(state: State, sequence: Sequence) -> None:
     pool = state.pools[sequence.pool]
     if not sequence.unlisted:
         pool.inflight.note(sequence, pool.prefix.page_bytes, state.now_ms)
+
+
+def note_owing(state: State, sequence_id: int) -> None:
+    """What the sequence's workers have to write, or have written, has changed: whether its handoff, if it is prefilling, waits for them."""
+    number = state.handoffs.prefilling.get(sequence_id)
+    if number is not None:
+        owes = state.written(state.sequences[sequence_id]) < state.tables.length(sequence_id)
+        state.handoffs.owe(number, owes, state.now_ms)

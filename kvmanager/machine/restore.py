@@ -168,12 +168,17 @@ def _handoff_restored(state: State, event: ev.HandoffRestored, restoring: Restor
         None,
         bool(event.flushed),
         bool(event.streaming),
+        (event.reach_tokens, event.reach_layers),
     )
     columns = event.pullers.tolist(), event.sources.tolist(), event.failures.tolist()
     handoff.sources = dict(zip(*columns[:2], strict=True))
     handoff.failures = {worker: failed for worker, failed in zip(columns[0], columns[2], strict=True) if failed}
     handoff.pulled = dict.fromkeys(event.pulled.tolist())
     state.handoffs.begin(handoff)
+    if event.sequence in state.handoffs.prefilling:
+        sequence = state.sequences[event.sequence]
+        if state.written(sequence) < state.tables.length(event.sequence):
+            state.handoffs.owing[event.handoff] = None
     if handoff.source_pages:
         state.pools[event.source].share(handoff.source_pages)
         if event.source_node:

@@ -142,6 +142,7 @@ def snapshot(state: State, *, with_index: bool = True) -> EventBatch:
                 numbers[handoff.target].get(target_node, 0) if target_node is not None else 0,
                 int(handoff.flushed),
                 int(handoff.streaming),
+                *handoff.reach,
                 np.array(list(handoff.sources), np.int64),
                 np.array(list(handoff.sources.values()), np.int64),
                 np.array([handoff.failures.get(worker, 0) for worker in handoff.sources], np.int64),

@@ -36,9 +36,9 @@ class Notice(NamedTuple):
     own: the pool drains, or the handoff before it failed), "drained" (nothing is left in the pool), "dropped" (too many waited to be
     fetched: as many as `handoff` says, the oldest, are gone).
     reason: for people; of "resident" and "moving" the target pool's name, of "drained" the pool's. code: for programs, "" for resident, else
-    "lost", "closed", "asked" (to abort), "timed_out", "pull_failed", "drain", or the code of an error: "sequence_too_large" and
-    "over_quota" say that trying again would not help. moved, spared: of "resident" the pages that moved, and those that the target had;
-    page_bytes: of each of them, 0 if the target's workers have not said.
+    "lost", "closed", "asked" (to abort), "timed_out", "stalled" (its source gets on with nothing: compute it elsewhere), "pull_failed",
+    "drain", or the code of an error: "sequence_too_large" and "over_quota" say that trying again would not help. moved, spared: of "resident"
+    the pages that moved, and those that the target had; page_bytes: of each of them, 0 if the target's workers have not said.
     """
 
     kind: str

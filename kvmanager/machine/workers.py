@@ -12,7 +12,7 @@ from kvmanager.machine import lives, pins
 from kvmanager.machine.commands import LINKS_MAX, Ack, Join, WorkerGone
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.handoffs import abort, give_up, pull_failed, pulled
-from kvmanager.machine.owners import note_publishable
+from kvmanager.machine.owners import note_owing, note_publishable
 from kvmanager.machine.state import State, Worker
 from kvmanager.machine.truncation import believed
 from kvmanager.pages.handoff import HandoffState
@@ -213,9 +213,11 @@ def apply_acked(state: State, event: ev.WorkerAcked) -> None:
 def apply_written(state: State, event: ev.SequencesWritten) -> None:
     for sequence_id, tokens in zip(event.ids.tolist(), event.tokens.tolist(), strict=True):
         sequence = state.sequences[sequence_id]
-        sequence.written[event.worker] = max(tokens, sequence.written.get(event.worker, 0))
-        if sequence.handoff:
+        before = sequence.written.get(event.worker, 0)
+        sequence.written[event.worker] = max(tokens, before)
+        if sequence.handoff and tokens > before:  # said again it is no news
             state.handoffs.progress(sequence.handoff, state.now_ms)
+            note_owing(state, sequence_id)
         note_publishable(state, sequence)
 
 

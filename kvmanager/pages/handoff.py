@@ -56,7 +56,8 @@ class Handoff:
     """One handoff that is not over.
 
     version         of the last change of state
-    since_ms        when it last got further: a change of state, tokens written by the source, a worker that has pulled
+    since_ms        when it last got further: a change of state, tokens or layers written by the source, something for it to write after a
+                    while without, a worker that has pulled
     until           tokens: it is not sealed before the sequence is that long
     load            tokens of the sequence when it began, which weigh on the target from then on
     group           pools that it may go to if this one fails it, "" for none
@@ -70,6 +71,7 @@ class Handoff:
     target_node     not None from `moving` on, or from the reservation on
     flushed         its tenant's pages in the target were flushed meanwhile
     streaming       the target's workers may pull before it moves, into what was reserved
+    reach           tokens and layers of them that its source has reported as written in the middle of a step
     sources         each worker of the target -> the source worker that it pulls from: from `moving` on, or from the beginning if it streams
     failures        worker -> tries that failed
     pulled          workers of the target pool that have reported the pull as done and verified
@@ -98,6 +100,7 @@ class Handoff:
     target_node: Node | None = None
     flushed: bool = False
     streaming: bool = False
+    reach: tuple[int, int] = (0, 0)
     sources: dict[int, int] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     pulled: dict[int, None] = field(default_factory=dict)
@@ -108,6 +111,8 @@ class Handoffs(dict[int, Handoff]):
 
     waiting    prefilling, sealed and reserving ones, by when they last got further, longest ago first
     moving     the same for those that move
+    owing      the same for prefilling ones whose source has something to write
+    prefilling sequence -> prefilling handoff
     sealed     sealed ones: they wait for something that is soon over
     reserving  target pool -> ids, ascending: the order in which they are served
     aborted    target pool -> id -> version of the abort, oldest first
@@ -119,6 +124,8 @@ class Handoffs(dict[int, Handoff]):
         super().__init__()
         self.waiting: dict[int, None] = {}
         self.moving: dict[int, None] = {}
+        self.owing: dict[int, None] = {}
+        self.prefilling: dict[int, int] = {}
         self.sealed: dict[int, None] = {}
         self.reserving: dict[int, list[int]] = {}
         self.aborted: dict[int, dict[int, int]] = {}
@@ -141,9 +148,18 @@ class Handoffs(dict[int, Handoff]):
         """It got further, in the state that it is in."""
         handoff = self[handoff_id]
         handoff.since_ms = now_ms
-        among = self.moving if handoff.state is HandoffState.MOVING else self.waiting
-        del among[handoff_id]
-        among[handoff_id] = None
+        for among in (self.moving, self.waiting, self.owing):
+            if handoff_id in among:
+                del among[handoff_id]
+                among[handoff_id] = None
+
+    def owe(self, handoff_id: int, owes: bool, now_ms: int) -> None:
+        """Whether the source of a prefilling handoff has something to write. It gets further when that begins, not when it gets more."""
+        if not owes:
+            self.owing.pop(handoff_id, None)
+        elif handoff_id not in self.owing:
+            self.owing[handoff_id] = None
+            self.progress(handoff_id, now_ms)
 
     def end(self, handoff_id: int) -> Handoff:
         handoff = self.pop(handoff_id)
@@ -162,7 +178,9 @@ class Handoffs(dict[int, Handoff]):
             return
         self.incoming[handoff.target] = self.incoming.get(handoff.target, 0) + handoff.load
         (self.moving if state is HandoffState.MOVING else self.waiting)[number] = None
-        if state is HandoffState.SEALED:
+        if state is HandoffState.PREFILLING:
+            self.prefilling[handoff.sequence_id] = number
+        elif state is HandoffState.SEALED:
             self.sealed[number] = None
         elif state is HandoffState.RESERVING:
             insort(self.reserving.setdefault(handoff.target, []), number)
@@ -174,7 +192,10 @@ class Handoffs(dict[int, Handoff]):
             return
         self.incoming[handoff.target] -= handoff.load
         del (self.moving if state is HandoffState.MOVING else self.waiting)[number]
-        if state is HandoffState.SEALED:
+        if state is HandoffState.PREFILLING:
+            del self.prefilling[handoff.sequence_id]
+            self.owing.pop(number, None)
+        elif state is HandoffState.SEALED:
             del self.sealed[number]
         elif state is HandoffState.RESERVING:
             queue = self.reserving[handoff.target]
@@ -182,7 +203,7 @@ class Handoffs(dict[int, Handoff]):
 
     def restored(self) -> None:
         """After a snapshot: the orders that are not that of the ids."""
-        for among in (self.waiting, self.moving):
+        for among in (self.waiting, self.moving, self.owing):
             order = sorted(among, key=lambda number: (self[number].since_ms, number))
             among.clear()
             among.update(dict.fromkeys(order))

@@ -62,7 +62,7 @@ def test_a_worker_that_has_pulled_gives_the_others_their_time(make_rig: MakeRig)
 
 @pytest.mark.parametrize("state", ["prefilling", "reserving"])
 def test_a_waiting_handoff_has_a_bound_of_its_own(make_rig: MakeRig, state: str) -> None:
-    rig = make_rig(pools("A", "B", handoff_wait_ms=8000))
+    rig = make_rig(pools("A", "B", handoff_wait_ms=8000, handoff_prefill_ms=0))
     _, handoff = reach(rig, state)
     rig.tick(8000)
     assert rig.handoff_state(handoff) == state
@@ -73,7 +73,7 @@ def test_a_waiting_handoff_has_a_bound_of_its_own(make_rig: MakeRig, state: str)
 
 def test_tokens_that_are_written_are_progress(make_rig: MakeRig) -> None:
     """A long prompt may take its time, as long as its worker gets on with it."""
-    rig = make_rig(pools("A", "B", handoff_wait_ms=8000))
+    rig = make_rig(pools("A", "B", handoff_wait_ms=8000, handoff_prefill_ms=0))
     opened = rig.kv.open(tokens(60), "A", chunk=20)
     handoff = rig.kv.hand_off(opened.sequence, "B", reserve=True)
     for _ in range(2):

@@ -69,7 +69,7 @@ def test_reports_that_say_nothing_new_change_nothing(make_rig: MakeRig) -> None:
 
 
 def test_a_report_is_progress_and_a_silent_source_is_given_up(make_rig: MakeRig) -> None:
-    rig = make_rig(ManagerConfig(CONFIG.pools, lease_ms=86_400_000, handoff_wait_ms=1000))
+    rig = make_rig(ManagerConfig(CONFIG.pools, lease_ms=86_400_000, handoff_wait_ms=1000, handoff_prefill_ms=0))
     _, handoff = begun(rig, pool="D0")
     for layers in range(1, 5):
         rig.tick(800)

@@ -35,7 +35,13 @@ class Fleet:
 
     def __init__(self, folder: Path, pools: dict[str, int], sizes: dict[str, int] | None = None, **bounds: int) -> None:
         self.folder = folder
-        bounds = {"lease_ms": LEASE_MS, "handoff_timeout_ms": TIMEOUT_MS, "handoff_wait_ms": WAIT_MS, **bounds}
+        bounds = {
+            "lease_ms": LEASE_MS,
+            "handoff_timeout_ms": TIMEOUT_MS,
+            "handoff_wait_ms": WAIT_MS,
+            "handoff_prefill_ms": WAIT_MS,
+            **bounds,
+        }
         made = [
             PoolConfig(name, pages, (sizes or {}).get(name, PAGE), group="prefill" if name.startswith("P") else "decode")
             for name, pages in pools.items()

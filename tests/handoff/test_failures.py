@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from kvmanager.errors import KVError, OutOfPages, Unknown, WrongState
-from tests.handoff.conftest import PAGE, TIMEOUT_MS, Fleet
+from tests.handoff.conftest import BOUND_S, PAGE, TIMEOUT_MS, Fleet
 
 MakeFleet = Callable[..., Fleet]
 LENGTH = 3 * PAGE + 5  # four pages
@@ -206,6 +206,32 @@ def test_source_is_stopped(make_fleet: MakeFleet, when: str) -> None:
     fleet.until(lambda: fleet.kv.stats()["pools"]["P"]["fenced"], "its lease ends")
     fleet.signal("P0", signal.SIGCONT)
     fleet.reap("P0")
+    fleet.at_rest()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["not-streamed", "streamed"])
+def test_source_gets_on_with_nothing(make_fleet: MakeFleet, stream: bool) -> None:
+    """It lives, renews its lease and says again what it has said: the request is told in bounded time who has not written it, and goes elsewhere."""
+    fleet = make_fleet(P=24, P2=24, D=24, bounds={"handoff_prefill_ms": TIMEOUT_MS})
+    sequence = fleet.open("P", LENGTH, chunk=2 * PAGE)
+    handoff = fleet.kv.hand_off(sequence, "D", reserve=True, stream=stream)
+    worker, epoch, _ = fleet.joined("P0")
+    fleet.until(lambda: min(fleet.state.sequences[sequence].written.values(), default=0) == 2 * PAGE, "half of it is written")
+    fleet.bystanders.pop("P")
+    fleet.shut("P0", "write")
+    fleet.kv.grow(sequence, LENGTH - 2 * PAGE)
+    known = time.monotonic() + TIMEOUT_MS / 1000
+    while not fleet.news(sequence, "aborted"):
+        assert time.monotonic() - known < BOUND_S
+        fleet.kv.ack(worker, 0, ids=[sequence], tokens=[2 * PAGE], epoch=epoch)
+        fleet.turn()
+        time.sleep(0.02)
+    notice = fleet.hear(sequence, "aborted", known)
+    assert (notice.handoff, notice.code) == (handoff, "stalled")
+    assert notice.reason.endswith(f"not written by P0, {2 * PAGE} of {LENGTH} tokens are")
+    fleet.kv.close(sequence)
+    again(fleet, "P2", "D")
+    fleet.open_gate("P0", "write")
     fleet.at_rest()
 
 
