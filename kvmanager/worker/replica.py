@@ -19,7 +19,8 @@ from kvmanager.machine.batch import EventBatch, decode_batch
 from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.sequences import Tables
 from kvmanager.tables import BatchTables, div_ceil
-from kvmanager.worker.streams import Piece, Stream
+from kvmanager.worker.ahead import AHEAD_MAX, Ahead, Aheads
+from kvmanager.worker.streams import LAYERS_ALL, Piece, Stream
 
 __all__ = ["AckContent", "Copies", "Peer", "Pull", "Replica"]
 
@@ -118,6 +119,8 @@ class Replica:
         self.stranded = False  # a worker whose pages are not what the manager believes: see `load`
         self.differs = False  # the tables are not the manager's: only a snapshot helps
         self._links: dict[int, tuple[str, str]] = {}  # peer -> how this worker reaches its pages
+        self._num_layers = self._layer_group = 0  # see `pull_by_layers`
+        self._aheads = Aheads()
         self._reset()
 
     def _reset(self) -> None:
@@ -142,6 +145,7 @@ class Replica:
         self._streamed: dict[int, int] = {}  # their sequences -> handoff
         self._streaming: dict[int, int] = {}  # own sequences that others pull while they are written -> handoff
         self._layers: dict[int, tuple[int, int]] = {}  # handoff -> tokens and layers of them that the step in progress has written
+        self._there: dict[int, None] = {}  # handoffs that move here and of which all pages have come
         self._pulled: list[int] = []  # finished, to be reported
         self._failed: dict[int, tuple[Pull, str]] = {}  # ended without success: the pull, and why
         self._unreported: dict[int, None] = {}  # those of them that the manager has not been told of
@@ -183,6 +187,7 @@ class Replica:
         self.stranded |= self.epoch > 0 and self.pool_name is not None and not same
         acked, copying, begun = (self.acked if same else 0), self._copying, self._begun
         self._reset()
+        self._aheads.reload(same)
         self._begun = begun
         self.epoch, self.version, self.known, self.acked = batch.epoch, batch.version, batch.version, acked
         self.past, self.differs = past, False
@@ -254,17 +259,19 @@ class Replica:
     # --- running steps -------------------------------------------------------------------------------------------------------
 
     def ready(self, version: int) -> bool:
-        """Whether step `version` can run now. False: not here yet. Raises StaleStep for one acknowledged already, WrongState if its
+        """Whether step `version` can run now. False: not here yet, or something is run ahead for one of its sequences and has to end first. Raises StaleStep for one acknowledged already, WrongState if its
         copies have not been carried out, StaleEpoch."""
         self._check_life()
         self._require_copied(version)
         if version <= self.acked or (version <= self.version and version != self.step):  # the latter: a snapshot went past it
             raise StaleStep(version, max(self.acked, self.step - 1 if self.step else self.version))
-        return self.step == version
+        return self.step == version and not (len(self._aheads) and self._aheads.running(self._step_ids))
 
     def batch(self, version: int, sequences: Iterable[int]) -> BatchTables:
-        """Tables and lengths of the step's sequences, in the order given. Raises StaleStep, ReplicaGap (not here yet), Unknown."""
+        """Tables and lengths of the step's sequences, in the order given. Raises StaleStep, ReplicaGap (not here yet), WrongState, Unknown."""
         if not self.ready(version):
+            if self.step == version:
+                raise WrongState("step", version, "what is run ahead for its sequences ended first", "still running")
             raise ReplicaGap(f"step: expected the replica to be at {version}, it is at {self.version}", version=self.version)
         return self.tables.batch_of(self._rows(sequences), version, self.page_size)
 
@@ -295,6 +302,9 @@ class Replica:
         if self._broken:
             written = {sequence: length for sequence, length in written.items() if sequence not in self._broken}
         self._written.update(written)
+        if len(self._aheads):
+            for sequence in step:
+                self._aheads.spoil_of(sequence, "its step has been run")
         self.step, self._step_ids, self._owed = 0, [], True
         self.advance()
 
@@ -351,9 +361,10 @@ class Replica:
         stream = self._streams.get(handoff)
         if stream is not None:
             stream.pulled()
-            if self._next_piece(handoff, stream) or (pull.early and not self._handoffs[handoff].moving):
-                return
+            if self._next_piece(handoff, stream) or stream.piece is not None or (pull.early and not self._handoffs[handoff].moving):
+                return  # there is more to come, or what there is has no source any more: the abort is on its way
             self._end_stream(handoff)
+        self._there[handoff] = None
         self._pulled.append(handoff)
 
     def pull_failed(self, handoff: int, reason: str = "") -> None:
@@ -364,6 +375,7 @@ class Replica:
         if pull is None:
             return
         self._end_stream(handoff)
+        self._aheads.spoil(handoff, f"a pull failed: {reason}"[:REASON_MAX])  # what is pulled again may overwrite what it wrote
         if not pull.early:
             self._failed[handoff] = pull, reason[:REASON_MAX]
             self._unreported[handoff] = None
@@ -377,6 +389,57 @@ class Replica:
         if pull is None or (begun is not None and not _same(begun, pull)):
             return None
         return self._pulls.pop(handoff)
+
+    # --- running ahead -------------------------------------------------------------------------------------------------------
+
+    def pull_by_layers(self, num_layers: int, group: int) -> None:
+        """What is left to pull once a handoff moves comes in groups of so many of its layers, the first ones first; 0: all at once."""
+        self._num_layers, self._layer_group = num_layers, group
+
+    def begin_ahead(self, handoff: int) -> BatchTables | None:
+        """Begin to compute the next token of a sequence that moves here, on these tables: its own with one token more, of the handoff's version.
+        Before anything of a layer is written or read, `layers_there` has to be above it. Until `end_ahead` nothing newer is acknowledged.
+
+        None if it cannot be: it does not move here or does not yet, its last page is full, or AHEAD_MAX are run or kept already."""
+        move, ahead = self._handoffs.get(handoff), self._aheads.get(handoff)
+        if move is None or not move.moving or move.target != self.pool or (ahead is not None and ahead.running):
+            return None
+        length, size = self.tables.length(move.sequence) + 1, self.page_size
+        table = np.concatenate([move.shared, move.fresh])
+        count = div_ceil(length, size)
+        if count > len(table) or handoff in self._failed or (ahead is None and len(self._aheads) >= AHEAD_MAX):
+            return None
+        self._aheads.begin(Ahead(handoff, move.sequence, length, table[:count].copy(), self.version + 1))
+        return BatchTables(move.moved_at, size, np.array([length], np.int32), table[:count], np.array([0, count], np.int64))
+
+    def layers_there(self, handoff: int) -> int:
+        """Leading layers of a sequence that moves here whose pages are all here; LAYERS_ALL if every layer is, or if it is the pool's by now."""
+        ahead = self._aheads.get(handoff)
+        if handoff in self._there or (ahead is not None and ahead.resident):
+            return LAYERS_ALL
+        stream = self._streams.get(handoff)
+        move = self._handoffs.get(handoff)
+        return stream.layers_there() if stream is not None and move is not None and move.moving else 0
+
+    def spoiled(self, handoff: int) -> str:
+        """Why what is run ahead for this handoff is worth nothing by now: end it. "" if it may still be."""
+        ahead = self._aheads.get(handoff)
+        return ahead.void if ahead is not None else "not begun"
+
+    def end_ahead(self, handoff: int, *, whole: bool = True) -> bool:
+        """What was run ahead has ended, on the device too; `whole`: to its last layer. Whether to keep the result for `ran_ahead`."""
+        if not whole:
+            self._aheads.spoil(handoff, "given up")
+        return self._aheads.end(handoff)
+
+    def ran_ahead(self, version: int, sequence: int) -> bool:
+        """Whether what was run ahead is just this sequence's part of step `version`, which is to run now: the same tokens before it in the same
+        pages. The slot is written then; whoever keeps the result compares the token. Asked before `finish`, after which it is dropped."""
+        ahead = self._aheads.result_of(sequence)
+        if ahead is None or version != self.step or sequence not in self._step_ids or sequence in self._broken:
+            return False
+        pages = self.tables.pages_of(sequence)[: len(ahead.pages)]
+        return self.tables.length(sequence) == ahead.length and np.array_equal(pages, ahead.pages)
 
     # --- streaming -----------------------------------------------------------------------------------------------------------
 
@@ -456,16 +519,16 @@ class Replica:
 
     def _move_stream(self, handoff: int, move: _Moving, before: np.ndarray, length: int) -> None:
         """The handoff moves: what was pulled early counts, if it lies in pages where the sequence's table has them now."""
-        stream, size = self._streams[handoff], self.page_size
-        table = np.concatenate([move.shared, move.fresh])
-        shared, stop = len(move.shared), div_ceil(max(stream.part, stream.piece.stop if stream.piece is not None else 0), size)
-        start = min(shared * size, length)
-        if shared * size >= stream.start and np.array_equal(table[shared:stop], before[shared:stop]):
+        stream, size, shared = self._streams.get(handoff), self.page_size, len(move.shared)
+        start, table = min(shared * size, length), np.concatenate([move.shared, move.fresh])
+        stop = div_ceil(max(stream.part, stream.piece.stop if stream.piece is not None else 0), size) if stream is not None else 0
+        if stream is not None and shared * size >= stream.start and np.array_equal(table[shared:stop], before[shared:stop]):
             stream.shared(start)
             stream.limit = length
         else:
             stream = self._streams[handoff] = Stream(start, length)
         stream.note_written(length)
+        stream.by_layers(self._num_layers, self._layer_group)
         if not self._next_piece(handoff, stream):
             self._end_stream(handoff)
             self._start_pull(handoff, move.moved_at, self.tables.pages_of(move.sequence), length, length)
@@ -487,7 +550,7 @@ class Replica:
         self._check_life()
         version = self.version - 1 if self.step or self._copies is not None else self.version
         # A pull in progress writes into this pool and reads another: nothing newer than its beginning is finished.
-        begun = [*(pull.version for pull in self._pulls.values() if not pull.early), *self._copying.values()]
+        begun = [*(pull.version for pull in self._pulls.values() if not pull.early), *self._copying.values(), *self._aheads.held()]
         version = min(version, *(each - 1 for each in begun)) if begun else version
         size, reported, handing = self.page_size if self._written else 1, self._reported, self._handing
         ids = [
@@ -582,6 +645,7 @@ class Replica:
         for sequence, length, target in zip(event.ids.tolist(), event.lengths.tolist(), event.targets.tolist(), strict=True):
             if sequence not in own:
                 continue
+            self._aheads.spoil_of(sequence, "truncated")
             written = self._written.get(sequence, 0)
             stays = length
             if target >= 0:
@@ -626,6 +690,7 @@ class Replica:
             self._pulls.pop(handoff, None)
 
     def _forget(self, sequence: int) -> None:
+        self._aheads.spoil_of(sequence, "closed or moved")
         for table in (self._written, self._reported, self._handing, self._broken, self._after_copies, self._streaming):
             table.pop(sequence, None)
 
@@ -645,6 +710,7 @@ class Replica:
         empty = np.zeros(0, np.int32)
         self._handoffs[event.handoff] = _Moving(event.sequence, source, event.target, empty, empty)
         if source == self.pool:
+            self._aheads.spoil_of(event.sequence, "it moves on")
             self._handing[event.sequence] = None
             self._reported.pop(event.sequence, None)  # what was said about another version may not have counted: say it all again
 
@@ -685,7 +751,7 @@ class Replica:
         move.shared, move.fresh, move.moving, move.moved_at = event.shared, event.fresh, True, self.version + 1
         move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
         length = self.tables.length(move.sequence)
-        if event.handoff in self._streams:
+        if event.handoff in self._streams or (self._layer_group and move.target == self.pool):
             self._move_stream(event.handoff, move, before, length)
         else:
             self._start_pull(event.handoff, move.moved_at, self.tables.pages_of(move.sequence), length)
@@ -697,6 +763,8 @@ class Replica:
         if move.target != self.pool or self._puller(move) != event.worker:
             return
         self._end_stream(event.handoff)
+        self._there.pop(event.handoff, None)
+        self._aheads.spoil(event.handoff, "it is pulled again")
         self._failed.pop(event.handoff, None)
         self._unreported.pop(event.handoff, None)
         if event.handoff in self._copying and event.handoff in self._pulls:
@@ -713,6 +781,11 @@ class Replica:
         length = self.tables.length(move.sequence)
         self.tables.place(move.sequence, move.target, length, np.concatenate([move.shared, move.fresh]))
         self._forget(move.sequence)
+        if event.handoff in self._there:
+            self._aheads.resident(event.handoff)
+        else:  # another life of this worker has pulled it
+            self._aheads.spoil(event.handoff, "nothing of it was pulled here")
+        self._there.pop(event.handoff, None)
         if move.target == self.pool:
             self._written[move.sequence] = self._reported[move.sequence] = length
 
@@ -725,6 +798,8 @@ class Replica:
             self._handing.pop(move.sequence, None)
             self._streaming.pop(move.sequence, None)
             self._layers.pop(event.handoff, None)
+        self._aheads.spoil(event.handoff, f"aborted: {event.code}")
+        self._there.pop(event.handoff, None)
         self._pulls.pop(event.handoff, None)
         self._failed.pop(event.handoff, None)
         self._unreported.pop(event.handoff, None)
@@ -751,7 +826,9 @@ class Replica:
             move.moving, move.moved_at = True, event.version
             move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))
             move.tries = dict(zip(event.pullers.tolist(), event.failures.tolist(), strict=True))
-            if self.worker not in event.pulled:
+            if self.worker in event.pulled:
+                self._there[event.handoff] = None
+            else:
                 self._start_pull(event.handoff, event.version, event.source_pages, event.length)
         elif event.streaming:
             move.sources = dict(zip(event.pullers.tolist(), event.sources.tolist(), strict=True))

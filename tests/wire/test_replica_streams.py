@@ -200,8 +200,10 @@ def test_pages_that_are_shared_meanwhile_are_held_while_an_early_pull_writes_the
     rig.ack("B")
     assert rig.quarantined >= 3
     rig.target.pulled(rig.handoff)
-    while rig.target.pulls():
-        rig.pull()
+    last = rig.pull()  # from where the shared pages end, not from where the early pull did
+    assert extent(last) == (96, 100, (0, LAYERS)) and last.target_pages.tolist() == handoff.target_pages[6:]
+    assert last.source_pages.tolist() == rig.kv.state.tables.pages_of(rig.sequence).tolist()[6:]
+    assert rig.target.pulls() == []
     rig.ack("B")
     assert rig.kv.state.sequences[rig.sequence].pool == 1
     rig.kv.step()
