@@ -7,6 +7,7 @@ acknowledges what the replica says. Whatever it reads is compared with the stamp
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,18 @@ RENEW_US = 250_000
 PATIENCE_US = 80_000  # nobody orders a step for this long: its scheduler is gone, the step is skipped
 CHORE_US = 10_000
 LAYERS, GARBAGE = 4, -1  # layers of a slot, told apart only in what is pulled early; what no token's stamp is
+
+
+@dataclass
+class _Ahead:
+    """A step that is run before it is ordered: `stamp` goes into slot `length`; `read` is what was found before it, layer by layer."""
+
+    handoff: int
+    sequence: int
+    pages: list[int]
+    length: int
+    stamp: int
+    read: list[list[int]] = field(default_factory=list)
 
 
 class Body:
@@ -60,6 +73,14 @@ class Body:
         self._holes: dict[int, None] = {}  # sequences of which this worker left out a step: what it reads there is not its fault
         self._copies: dict[int, Pull] = {}
         self._streamed: dict[int, dict[int, np.ndarray]] = {}  # handoff -> target page -> what was pulled early, layer by layer
+        self._flaky = world.rng.choice(
+            (0, 0.5)
+        )  # where pulls fail, those of further layers do in the first try: some layers are there already
+        self._eager = world.rng.choice((0.5, 1, 1))  # to compute the next token of what is on its way here
+        self.replica.pull_by_layers(LAYERS, world.rng.choice((0, 1, 2)))
+        self._aheads: dict[int, _Ahead] = {}  # under way, by handoff
+        self._results: dict[int, _Ahead] = {}  # by sequence
+        self._tried: dict[int, None] = {}
         self._acking = False
         self._acked_at = world.now_us
         self._ask_hello()
@@ -75,6 +96,7 @@ class Body:
             self.joined.works.clear()
             self.joined.chores.clear()
             self.joined.early.clear()
+            self.joined.ahead.clear()
             for pull in [pull for pull in self.joined.pulls.values() if pull.todo]:
                 del self.joined.pulls[pull.handoff]  # those that it has ended, it may have reported
 
@@ -255,7 +277,7 @@ class Body:
             self._see_to_copies()
         if self.replica.step and self._waiting_for != self.replica.step:
             self._waiting_for, self._waiting_since = self.replica.step, self.world.now_us
-        if self.replica.step in self._orders:
+        if self.replica.step in self._orders and self.replica.ready(self.replica.step):
             self._run(self.replica.step)
         self._see_to_pulls()
         if not self._acking:
@@ -339,7 +361,10 @@ class Body:
             demand(got == (work.length, work.pages), f"{self.name}: step {version} of {sequence}: tables {got}, the books have {work}")
         self._running = version
         for place, sequence in enumerate(ids):
-            self._later(200 * (place + 1), self._run_one, mine[sequence])
+            if self.replica.ran_ahead(version, sequence):
+                self._take_result(mine[sequence])
+            else:
+                self._later(200 * (place + 1), self._run_one, mine[sequence])
         if self.replica.streaming() and rng.random() < 0.7:
             self._later(200 * len(ids) + 100, self._tell_layers, version, ids, rng.randrange(1, LAYERS))
         self._later(200 * (len(ids) + 1) + int(rng.random() * 2000), self._finish, version, ids)
@@ -380,25 +405,93 @@ class Body:
                 if books is not None and books.failed:
                     books.begin_again()  # a snapshot came before the manager heard of it
                 self.replica.begin_pull(pull.handoff)
-                if self.joined is not None and (pull.early or pull.handoff in self._streamed):
+                if self.joined is not None and (pull.early or pull.first_layer or pull.end_layer or pull.handoff in self._streamed):
                     self.joined.early[pull.handoff] = pull.target_pages.tolist()
                     self._streamed.setdefault(pull.handoff, {})
                     self.model.seen["pulled_early"] += pull.early
                 self.replica.linked(pull.peer.worker, f"copy{self._page_us}", f"{self.name} from {pull.peer.name}")
                 self._later(self._page_us, self._copy, pull, 0)
+            if not pull.early and pull.handoff not in self._tried and self.joined is not None:
+                self._tried[pull.handoff] = None
+                if self.world.rng.random() < self._eager:
+                    self._begin_ahead(pull.handoff, pull.sequence)
         self._drop_pulls()
+
+    # --- running ahead ---
+
+    def _begin_ahead(self, handoff: int, sequence: int) -> None:
+        """The next token's step, before the sequence is here."""
+        text, tables = self.model.texts.get(sequence), self.replica.begin_ahead(handoff)
+        if tables is None:
+            return
+        length = int(tables.lengths[0]) - 1
+        stamp = self.model.stamp_after(text, length) if text is not None and len(text.stamps) >= length else GARBAGE
+        ahead = self._aheads[handoff] = _Ahead(handoff, sequence, tables.pages_of(0).tolist(), length, stamp)
+        if self.joined is not None:
+            self.joined.ahead[handoff] = ahead.pages
+        self._later(200, self._go_ahead, ahead)
+
+    def _go_ahead(self, ahead: _Ahead) -> None:
+        """One layer, if it is there, then the next: all that the sequence has is read, and one slot written."""
+        rng, replica, layer = self.world.rng, self.replica, len(ahead.read)
+        over = bool(replica.spoiled(ahead.handoff)) or layer == LAYERS
+        given_up = not over and rng.random() < 0.02
+        if over or given_up:
+            del self._aheads[ahead.handoff]
+            if self.joined is not None:
+                self.joined.ahead.pop(ahead.handoff, None)
+            kept = replica.end_ahead(ahead.handoff, whole=not given_up)
+            self.model.seen["ran_ahead" if kept else "ran_ahead_for_nothing"] += 1
+            if kept:
+                self._results[ahead.sequence] = ahead
+            self._look()
+            return
+        if replica.layers_there(ahead.handoff) > layer:
+            kept_apart = self._streamed.get(ahead.handoff, {})
+            rows = [kept_apart[page][layer] if page in kept_apart else self.memory[page] for page in ahead.pages]
+            ahead.read.append(np.concatenate(rows)[: ahead.length].tolist())
+            place, slot = divmod(ahead.length, self.model.sizes[self.pool])
+            page = ahead.pages[place]
+            self.memory[page, slot] = ahead.stamp
+            if page in kept_apart:
+                layers = kept_apart[page]
+                layers[layer, slot] = ahead.stamp
+                self.memory[page, slot] = ahead.stamp if (layers[:, slot] == ahead.stamp).all() else GARBAGE
+        self._later(50 + int(rng.random() * self._page_us), self._go_ahead, ahead)
+
+    def _take_result(self, work: Work) -> None:
+        """The step has been run already: what was read for it, layer by layer, has to be what is read now."""
+        ahead = self._results.pop(work.sequence, None)
+        if ahead is None:
+            raise Broken(
+                f"step {work.version} of sequence {work.sequence} on {self.name} has been run ahead, says the replica, and has not"
+            )
+        self.model.seen["ahead_taken"] += 1
+        if work.sequence in self._holes:
+            return
+        if ahead.stamp != work.stamps[ahead.length]:
+            self._run_one(work)  # another token was chosen: as a worker that compares it
+            return
+        wanted = work.stamps[: work.start]
+        for layer, got in enumerate(ahead.read):
+            if work.start != ahead.length or got != wanted:
+                raise Broken(
+                    f"step {work.version} of sequence {work.sequence} on {self.name} is what was computed ahead for handoff {ahead.handoff}, "
+                    f"which read {got[:4]} of {ahead.length} tokens in layer {layer}, not its own {wanted[:4]} of {work.start}"
+                )
 
     def _copy(self, pull: Pull, at: int) -> None:
         """One page, then the next."""
         ongoing = any(each.handoff == pull.handoff and each.early >= pull.early for each in self.replica.pulls())
         books = self.joined.pulls.get(pull.handoff) if self.joined is not None else None
-        failed = self.world.faults.happens("skip", self.world.rng)
+        failed = self._fails(pull, at)
         if not ongoing or failed or at == len(pull.target_pages):
             del self._copies[pull.handoff]
             if self.joined is not None:
                 self.joined.early.pop(pull.handoff, None)
             if failed and ongoing:
-                self._streamed.pop(pull.handoff, None)
+                if pull.handoff not in self._tried:
+                    self._streamed.pop(pull.handoff, None)
                 if books is not None and not pull.early:
                     books.fail()
                 self.replica.pull_failed(pull.handoff, "sums differ")
@@ -425,6 +518,11 @@ class Body:
                 self.memory[target, : len(read)] = read
                 books.todo.remove(item)
         self._later(int(self.world.rng.random() * self._page_us), self._copy, pull, at + 1)
+
+    def _fails(self, pull: Pull, at: int) -> bool:
+        faults, rng = self.world.faults, self.world.rng
+        often = at == 0 and pull.first_layer > 0 and not pull.early and not pull.attempt and faults.active_now("skip")
+        return faults.happens("skip", rng) or (often and rng.random() < self._flaky)
 
     def _copy_layers(self, pull: Pull, at: int) -> None:
         """A page of a piece of a streamed handoff, which may be of some layers only: a slot is whole if all its layers are of one token."""

@@ -57,6 +57,10 @@ class Text:
     unlisted: bool = False  # its tenant was flushed: nothing of it may be published
     reserved: int = 0  # pages that stay however short it is cut
     published: int = 0  # leading pages that it holds in the index
+    arrived: bool = False  # in another pool, and nothing has been written there since
+    written: dict[int, int] = field(
+        default_factory=dict
+    )  # worker -> tokens that it has said to have written; copies and what is found cached not counted
 
 
 @dataclass
@@ -144,11 +148,14 @@ class Worker:
     chores: list[Chore] = field(default_factory=list)
     pulls: dict[int, Pull] = field(default_factory=dict)
     early: dict[int, list[int]] = field(default_factory=dict)  # handoff -> pages that it is pulling into, and had not been told to for good
+    ahead: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # handoff -> pages that it reads and writes for a step that nobody ordered yet
     done: dict[int, int] = field(default_factory=dict)  # sequence -> tokens written
 
     def __getstate__(self) -> dict[str, Any]:
         """What the log says of it; memory and work in flight are the process's and know no way back."""
-        return {**self.__dict__, "memory": None, "works": [], "chores": [], "early": {}}
+        return {**self.__dict__, "memory": None, "works": [], "chores": [], "early": {}, "ahead": {}}
 
     def may_ack(self, newest: int) -> int:
         """The newest version that this worker can truthfully acknowledge."""
@@ -178,6 +185,8 @@ class Move:
     fresh: int = 0  # where in target_pages those begin that were taken for it
     flushed: bool = False
     streaming: bool = False
+    since_ms: int = 0  # when its source last got further, or got something to do
+    reach: tuple[int, int] = (0, 0)  # tokens and layers that it reported last
 
 
 @dataclass

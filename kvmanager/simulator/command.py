@@ -6,6 +6,7 @@ import json
 import secrets
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -17,6 +18,17 @@ from kvmanager.simulator.faults import FAULTS, parse_faults
 from kvmanager.simulator.hunt import Outcome, command_line
 
 __all__ = ["simulate"]
+
+# Of what has been seen, what all seeds together had of it is in the last line.
+SUMMED = {
+    "restart": "restarts of the manager",
+    "HandoffBegun": "handoffs",
+    "HandoffStreaming": "of them streamed",
+    "moving_streamed": "streamed to their end",
+    "pulled_early": "early pulls",
+    "ran_ahead": "steps run ahead",
+    "ahead_taken": "of them taken",
+}
 
 
 class _Seeds(click.ParamType):
@@ -87,7 +99,7 @@ def simulate(
     work = [Job(each, steps, allowed, shortens) for each in range(first, first + count)]
     began = time.monotonic()
     deadline = began + minutes * 60 if minutes is not None else float("inf")
-    lived, done, restarts, failed = 0, 0, 0, []
+    lived, done, failed, seen = 0, 0, [], Counter[str]()
     columns = TextColumn("seeds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and count > 1)) as progress:
@@ -96,24 +108,26 @@ def simulate(
             progress.advance(task)
             lived += 1
             done += outcome.steps
-            restarts += outcome.seen["restart"]
+            seen.update({name: outcome.seen[name] for name in SUMMED})
             if outcome.error:
                 failed.append(outcome)
             _report(outcome, as_json, Path(journals))
     if as_json:
         seeds_failed = [each.seed for each in failed]
-        click.echo(json.dumps({"seeds": lived, "steps": done, "failed": seeds_failed, "restarts": restarts, "not_run": count - lived}))
+        sums = {name: seen[name] for name in SUMMED}
+        total = {"seeds": lived, "steps": done, "failed": seeds_failed, "restarts": seen["restart"], "seen": sums, "not_run": count - lived}
+        click.echo(json.dumps(total))
     else:
-        _sum_up(lived, count - lived, done, restarts, failed)
+        _sum_up(lived, count - lived, done, seen, failed)
     click.echo(f"{done / (time.monotonic() - began):.0f} steps a second", err=True)
     if failed:
         sys.exit(1)
 
 
-def _sum_up(lived: int, not_run: int, done: int, restarts: int, failed: list[Outcome]) -> None:
+def _sum_up(lived: int, not_run: int, done: int, seen: Counter[str], failed: list[Outcome]) -> None:
     left = f", {not_run} not run in time" if not_run else ""
-    lives = f", {restarts} restarts of the manager" if restarts else ""
-    click.echo(f"{done} steps of {lived} seed{'s' * (lived != 1)}{left}{lives}, {len(failed)} with a violation")
+    what = "".join(f", {seen[name]} {words}" for name, words in SUMMED.items() if seen[name])
+    click.echo(f"{done} steps of {lived} seed{'s' * (lived != 1)}{left}{what}, {len(failed)} with a violation")
     if len(failed) > 1:
         for outcome in failed:
             click.echo(f"  {command_line(outcome)}  # {' '.join(outcome.error.split())[:100]}")

@@ -60,6 +60,7 @@ class Driver:
             handoff_timeout_ms=rng.choice((0, 50, 300, 5000)),
             handoff_wait_ms=rng.choice((0, 100, 2000)),
             handoff_tries=rng.choice((1, 2, 3)),
+            handoff_prefill_ms=rng.choice((0, 200, 5000)),
             drain_at_once=rng.choice((1, 3)),
             inflight_wait_ms=rng.choice((0, 20, 2000)),
             placement=rng.choice(("prefix", "prefix", "round_robin")),

@@ -37,6 +37,9 @@ class Faults:
         chance = self.chances[name]
         return chance > 0 and not self.healed and rng.random() < chance
 
+    def active_now(self, name: str) -> bool:
+        return self.chances[name] > 0 and not self.healed
+
     def active(self) -> list[str]:
         return [name for name, chance in self.chances.items() if chance]
 

@@ -50,7 +50,7 @@ class Model:
         self.draining: dict[int, int] = {}  # pool -> client that asked for it
         self.drained: dict[int, None] = {}
         self.seen: Counter[str] = Counter()
-        self.version = 1
+        self.version, self.now_ms = 1, 0
         self.begun = 0  # the version that began this life of the manager, if it is not the first
         self.replaying = False  # following again what was followed before: what workers do about it they have done
 
@@ -152,6 +152,8 @@ class Model:
                 demand(page not in [item.target for item in pull.todo], f"{what}: {worker.name} still pulls into page {page}")
             for handoff, targets in worker.early.items():
                 demand(page not in targets, f"{what}: {worker.name} still pulls early into page {page}, for handoff {handoff}")
+            for handoff, used in worker.ahead.items():
+                demand(page not in used, f"{what}: {worker.name} still runs ahead on page {page}, for handoff {handoff}")
         for worker in self.workers.values():
             for pull in worker.pulls.values():
                 if pull.source_pool == pool:
@@ -175,11 +177,17 @@ class Model:
             text.tokens.append((text.stamps[-1] * 7 // 3 + text.mood) % 2 + 1)
             text.stamps.append(self.stamps.after(text.stamps[-1], text.tokens[-1]))
 
+    def stamp_after(self, text: Text, length: int) -> int:
+        """What slot `length` will hold once its author goes on there, if he does so now."""
+        if len(text.stamps) > length:
+            return text.stamps[length]
+        return self.stamps.after(text.stamps[-1], (text.stamps[-1] * 7 // 3 + text.mood) % 2 + 1)
+
     # --- the event stream ---
 
     def read(self, batch: EventBatch, turn: Turn) -> None:
         """Follow one batch."""
-        self.version = batch.version
+        self.version, self.now_ms = batch.version, max(self.now_ms, batch.now_ms)
         self.taken.clear()
         self.copied.clear()
         turn.visible = [dict(index) for index in self.index]
@@ -231,6 +239,7 @@ class Model:
                 worker.works.clear()
                 worker.pulls.clear()
                 worker.early.clear()
+                worker.ahead.clear()
 
     def begin_life(self, version: int) -> None:
         """The manager came back: pages that nobody has are held until every worker has heard of it, and so are pulls that are no more."""

@@ -195,7 +195,8 @@ class System:
         if move.state == "prefilling":
             if self.model.texts[move.sequence].length < move.until:
                 return True  # nobody computes the rest any more
-            return any(body.has_hole(move.sequence) for body in bodies(move.source))
+            again = move.source in self.model.draining  # however often it stalls, the manager begins anew
+            return (again or not self.config.handoff_prefill_ms) and any(body.has_hole(move.sequence) for body in bodies(move.source))
         if move.state == "reserving":
             text, owners = self.model.texts[move.sequence], self.model.owners(move.target)
             nobodys = self.config.pools[move.target].num_pages - sum(count > 0 for count in owners.values())  # free, or to be evicted
@@ -264,6 +265,7 @@ def draw_config(rng: random.Random) -> ManagerConfig:
         handoff_timeout_ms=rng.choice((0, 60, 500, 5000)),
         handoff_wait_ms=rng.choice((1000, 10_000)),
         handoff_tries=rng.choice((1, 2, 3)),
+        handoff_prefill_ms=rng.choice((0, 300, 5000)),
         drain_at_once=rng.choice((1, 3)),
         client_lease_ms=rng.choice((0, 0, 3 * LEASE_MS)),
     )

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from kvmanager.cli import main
 from kvmanager.pages.pool import Pool
+from kvmanager.simulator.command import SUMMED
 from kvmanager.simulator.crew import Job, outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,8 @@ def test_json_says_what_happened() -> None:
     done = simulate("--seed", 4, "--steps", 300, "--json")
     run, total = map(json.loads, done.stdout.splitlines())
     assert done.exit_code == 0 and run["ok"] and run["seed"] == 4 and run["steps"] >= 300 and run["seen"]["SequenceOpened"]
-    assert total == {"seeds": 1, "steps": run["steps"], "failed": [], "restarts": run["seen"].get("restart", 0), "not_run": 0}
+    seen = {name: run["seen"].get(name, 0) for name in SUMMED}
+    assert total == {"seeds": 1, "steps": run["steps"], "failed": [], "restarts": run["seen"].get("restart", 0), "seen": seen, "not_run": 0}
 
 
 def test_a_range_of_seeds_and_a_limit_of_time() -> None:

@@ -23,13 +23,17 @@ from kvmanager.machine.draft import Draft, PoolDraft
 from kvmanager.machine.state import State
 from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.pool import Pool
+from kvmanager.simulator.faults import FAULTS
 from kvmanager.simulator.hunt import Outcome, live
 from kvmanager.worker import replica as replica_module
+from kvmanager.worker.ahead import Aheads
 from kvmanager.worker.replica import AckContent, Replica
 from tests.control.test_planted_bugs import PLANTS as STATE_MACHINE_PLANTS
 
 SEEDS, STEPS = 60, 1500
 SHORT = {"handoff_that_lacked_pages_is_not_tried_again": 300}  # steps of a seed where what gives the bug away comes at the end
+# Faults of the days in which it happens often.
+ONLY = {"result_counts_though_its_pull_failed": ("skip", "reorder"), "step_run_ahead_not_waited_for": ("dup", "reorder")}
 PLANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
 
 
@@ -173,6 +177,43 @@ def early_pull_in_progress_not_waited_for(patch: pytest.MonkeyPatch) -> None:
 
 
 @plant
+def result_counts_though_its_pull_failed(patch: pytest.MonkeyPatch) -> None:
+    """What was run ahead is published although what it read had to be pulled again, over what it wrote."""
+    honest = Aheads._spoil
+    patch.setattr(Aheads, "_spoil", lambda self, ahead, why: None if "pull" in why else honest(self, ahead, why))
+
+
+@plant
+def layers_called_there_before_they_are(patch: pytest.MonkeyPatch) -> None:
+    """The step that is run ahead does not wait for the pages of a layer."""
+    patch.setattr(Replica, "layers_there", lambda self, handoff: 1 << 30)
+
+
+@plant
+def result_taken_on_other_pages(patch: pytest.MonkeyPatch) -> None:
+    """Whatever has become of the sequence since: closed, truncated, moved, or its pages swapped."""
+    honest = Replica.ran_ahead
+
+    def ran_ahead(self: Replica, version: int, sequence: int) -> bool:
+        return honest(self, version, sequence) or self._aheads.result_of(sequence) is not None
+
+    patch.setattr(Replica, "ran_ahead", ran_ahead)
+    patch.setattr(Aheads, "spoil_of", lambda self, sequence, why: None)
+
+
+@plant
+def step_run_ahead_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """Pages that an aborted handoff lets go of are handed out while the step still writes into them."""
+    patch.setattr(Aheads, "held", lambda self: [])
+
+
+@plant
+def step_does_not_wait_for_what_runs_ahead(patch: pytest.MonkeyPatch) -> None:
+    """The sequence is here and goes on, and what was begun before writes over what its step has written."""
+    patch.setattr(Aheads, "running", lambda self, sequences: False)
+
+
+@plant
 def published_pages_not_swapped(patch: pytest.MonkeyPatch) -> None:
     """The replica goes on with the copy that is to be freed."""
     patch.setitem(replica_module._HANDLERS, replica_module.ev.PagesPublished, lambda self, event: None)
@@ -279,7 +320,7 @@ def find(name: str, steps_max: int = SEEDS * STEPS) -> tuple[int, Outcome | None
     """Steps lived through until the simulator found the bug, and how; None if it did not."""
     done, steps = 0, SHORT.get(name, STEPS)
     for seed in range(steps_max // steps):
-        outcome = live(seed, steps)
+        outcome = live(seed, steps, ONLY.get(name, tuple(FAULTS)))
         done += outcome.steps
         if outcome.error:
             return done, outcome
@@ -287,13 +328,14 @@ def find(name: str, steps_max: int = SEEDS * STEPS) -> tuple[int, Outcome | None
 
 
 # Found, but after more steps than a test has time for: docs/simulator.md says how many. Each has tests of its own, in test_restart.py,
-# test_requests.py and test_handoff.py.
+# test_requests.py, test_handoff.py and tests/wire/test_replica_ahead.py.
 RARE = (
     "epoch_not_checked",
     "lost_replies_acted_upon",
     "given_up_and_carried_out_not_noticed",
     "joining_that_was_given_up_is_forgotten",
     "handoff_that_lacked_pages_is_not_tried_again",
+    "step_does_not_wait_for_what_runs_ahead",
 )
 
 

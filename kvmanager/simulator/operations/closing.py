@@ -7,13 +7,14 @@ from typing import Any
 from kvmanager.machine import events as ev
 from kvmanager.simulator.books import Text, Turn
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.operations.rates import spares
 from kvmanager.simulator.registry import draws, follows
 
 
 @draws
 def close(driver: Any) -> dict[str, Any]:
     rate = driver.drawn("close rate", 0.05, 0.15, 0.3)
-    return {"close": [each for each in driver.model.texts if driver.rng.random() < rate]}
+    return {"close": [each for each, text in driver.model.texts.items() if driver.rng.random() < rate and not spares(driver, text)]}
 
 
 @draws

@@ -15,10 +15,16 @@ def grow(driver: Any) -> dict[str, Any]:
     rng, texts = driver.rng, driver.model.texts
     growing, counts = driver.last_grow
     if rng.random() < 0.5 or not growing or not set(growing) <= set(texts):
-        # Seals come when growth stops.
-        growing = [each for each, text in texts.items() if rng.random() < (0.1 if text.handoff else 0.6)]
+        # Seals come when growth stops; what is computed while it is streamed has to get to its end first.
+        streamed = [move for move in driver.model.moves.values() if move.streaming and move.sequence in texts]
+        left = {move.sequence: move.until - texts[move.sequence].length for move in streamed}
+        rates = {
+            each: 0.9 if left.get(each, 0) > 0 else 0.03 if each in left else 0.1 if text.handoff else 0.6 for each, text in texts.items()
+        }
+        rates |= {each: 0.95 for each, text in texts.items() if text.arrived and not text.handoff}  # it decodes on
+        growing = [each for each in texts if rng.random() < rates[each]]
         rng.shuffle(growing)
-        counts = [rng.choice((1, 1, 1, 1, 1, 1, 3, 20)) for _ in growing]
+        counts = [max(1, rng.choice((left.get(each, 0), 1, 5, PAGE) if each in left else (1, 1, 1, 1, 1, 1, 3, 20))) for each in growing]
         if rng.random() < 0.02:
             growing, counts = [*growing, 12345 << 20], [*counts, 1]
         driver.last_grow = growing, counts
@@ -31,7 +37,7 @@ def _grow(model: Model, sequence: int, count: int, pages: list[int], turn: Turn)
     demand(move is None or move.state == "prefilling", f"sequence {sequence} grew while it was handed off")
     model.take(text.pool, pages, f"grow {sequence}")
     turn.starts[sequence] = text.length
-    text.length += count
+    text.length, text.arrived = text.length + count, False
     text.pages = text.pages + pages
     enough = max(model.pages_of(text.pool, text.length), len(text.pages) - len(pages))
     demand(len(text.pages) == enough, f"grow {sequence}: {len(text.pages)} pages for {text.length} tokens")

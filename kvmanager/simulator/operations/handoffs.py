@@ -8,6 +8,7 @@ from kvmanager.machine import events as ev
 from kvmanager.machine.commands import Drain, HandOff
 from kvmanager.simulator.books import Item, Move, Pull, Turn, demand
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.operations.rates import spares, streams_prompts
 from kvmanager.simulator.registry import action, draws, follows, heals
 
 
@@ -17,8 +18,10 @@ def hand_off(driver: Any) -> dict[str, Any]:
     reserving, grouped = driver.drawn("reserving handoffs", 0, 0.3, 1), driver.drawn("handoffs to a group", 0, 0.3, 1)
     streaming = driver.drawn("streamed handoffs", 0, 0.5, 1)
     drawn: list[Any] = []
-    for each in driver.model.texts:
-        if rng.random() < rate:
+    for each, text in driver.model.texts.items():
+        if text.length < text.known and not text.handoff and rng.random() < streams_prompts(driver):
+            drawn.append(HandOff(each, group=rng.choice(("default", "*")), reserve=True, stream=True))
+        elif rng.random() < rate and not spares(driver, text):
             reserve, pool = rng.random() < reserving, rng.choice(driver.config.pools).name
             stream = reserve and rng.random() < streaming
             if rng.random() < grouped:
@@ -31,7 +34,12 @@ def hand_off(driver: Any) -> dict[str, Any]:
 @draws
 def abort(driver: Any) -> dict[str, Any]:
     rate = driver.drawn("abort rate", 0.01, 0.1)
-    return {"abort": [each for each in driver.model.moves if driver.rng.random() < rate]}
+    texts = driver.model.texts
+    return {
+        "abort": [
+            each for each, move in driver.model.moves.items() if driver.rng.random() < rate and not spares(driver, texts.get(move.sequence))
+        ]
+    }
 
 
 @action(0, 0.1, 0.4)
@@ -81,6 +89,7 @@ def begun(model: Model, event: ev.HandoffBegun, turn: Turn) -> None:
     model.moves[event.handoff] = Move(
         event.handoff, event.sequence, text.pool, event.target, until=event.until, group=event.group, tried=tuple(event.tried.tolist())
     )
+    model.moves[event.handoff].since_ms = model.now_ms
     model.seen[f"begun_{event.cause or 'asked'}"] += 1
     if event.cause:
         model.tell(text.owner, "moving", event.sequence, event.handoff)
@@ -110,12 +119,25 @@ def streaming(model: Model, event: ev.HandoffStreaming, turn: Turn) -> None:
 
 @follows(ev.LayersWritten)
 def layers_written(model: Model, event: ev.LayersWritten, turn: Turn) -> None:
-    for handoff, tokens in zip(event.handoffs.tolist(), event.tokens.tolist(), strict=True):
+    for handoff, tokens, layers in zip(event.handoffs.tolist(), event.tokens.tolist(), event.layers.tolist(), strict=True):
         move = model.moves[handoff]
         demand(move.streaming and move.state == "prefilling", f"handoff {handoff}: layers written while {move.state}")
         demand(model.workers[event.worker].pool == move.source, f"handoff {handoff}: layers written by {event.worker} of another pool")
         demand(tokens <= model.texts[move.sequence].length, f"handoff {handoff}: layers of {tokens} tokens written")
+        if (tokens, layers) > move.reach:
+            move.reach, move.since_ms = (tokens, layers), model.now_ms
         model.seen["layers_written"] += 1
+
+
+@follows(ev.SequencesWritten)
+def written(model: Model, event: ev.SequencesWritten, turn: Turn) -> None:
+    for sequence, tokens in zip(event.ids.tolist(), event.tokens.tolist(), strict=True):
+        text = model.texts[sequence]
+        demand(tokens <= text.length, f"sequence {sequence}: {tokens} of {text.length} tokens are written")
+        before = text.written.get(event.worker)
+        if before is not None and tokens > before and text.handoff:
+            model.moves[text.handoff].since_ms = model.now_ms
+        text.written[event.worker] = max(tokens, before or 0)
 
 
 def _check_pullers(model: Model, move: Move, pullers: list[int], sources: list[int]) -> None:
@@ -227,7 +249,7 @@ def resident(model: Model, event: ev.HandoffResident, turn: Turn) -> None:
         text.reserved = model.pages_of(move.target, text.reserved * model.sizes[move.source])
     text.pool, text.pages, text.handoff = move.target, move.target_pages, 0
     text.unlisted |= move.flushed
-    text.published = move.fresh
+    text.published, text.written, text.arrived = move.fresh, {}, True
     model.let_go(move.source, left)
     for worker in model.crew(move.target, fenced=True):
         pull = worker.pulls.pop(event.handoff, None)  # None: as above, or it has heard of an abort that was lost, and ends itself
@@ -245,6 +267,11 @@ def aborted(model: Model, event: ev.HandoffAborted, turn: Turn) -> None:
     text.handoff = 0
     model.seen[f"aborted_{move.state}"] += 1
     model.seen[f"aborted_because_{event.code}"] += 1
+    if event.code == "stalled":
+        limit, waited = model.config.handoff_prefill_ms, model.now_ms - move.since_ms
+        demand(move.state == "prefilling" and 0 < limit < waited, f"handoff {event.handoff}: stalled after {waited} ms while {move.state}")
+        told = [text.written.get(worker.worker, 0) for worker in model.crew(move.source)]
+        demand(min(told, default=0) < text.length, f"handoff {event.handoff}: stalled, and all {text.length} tokens are written")
     if move.state == "moving":
         pages, move.target_pages, move.state = move.target_pages, [], "aborted"
         model.let_go(move.target, pages)

@@ -8,6 +8,7 @@ from kvmanager.machine import events as ev
 from kvmanager.machine.commands import Open, Step
 from kvmanager.simulator.books import PAGE, Chore, Text, Turn, demand
 from kvmanager.simulator.model import Model
+from kvmanager.simulator.operations.rates import streams_prompts
 from kvmanager.simulator.operations.tenants import check_quota
 from kvmanager.simulator.registry import draws, follows, refused
 
@@ -31,7 +32,7 @@ def draw_prompt(driver: Any) -> list[int]:
 def _open(driver: Any) -> Open:
     rng = driver.rng
     pool = rng.choice(driver.config.pools).name if rng.random() < driver.drawn("opens that name a pool", 0.3, 0.7, 1) else ""
-    chunk = rng.choice((0, 5, PAGE, 100, 100, 100))
+    chunk = rng.choice((0, 0, 5, PAGE) if rng.random() < streams_prompts(driver) else (0, 5, PAGE, 100, 100, 100))
     tenant, extra = rng.choice((b"red", b"blue")), rng.choice((b"",) * 7 + (b"lora",))
     prompt = draw_prompt(driver)
     extras = _extras(driver, len(prompt)) if rng.random() < driver.drawn("opens with extra keys", 0, 0, 0.2, 0.6) else []

@@ -47,6 +47,7 @@ def truncated(model: Model, event: ev.SequencesTruncated, turn: Turn) -> None:
         start = full if target >= 0 else keep
         gone, text.pages = text.pages[start:], text.pages[:start] + ([target] if target >= 0 else [])
         text.length, text.known, text.published = length, min(text.known, length), min(text.published, full)
+        text.written = {}
         text.tokens, text.stamps, text.mood = text.tokens[:length], text.stamps[:length], text.mood + 1
         model.let_go(text.pool, gone)
         stamps = text.stamps[full * size :] if target >= 0 else []
