@@ -1,4 +1,4 @@
-"""How long after a prompt's last layer its decode worker can go on: streamed while it is computed, or moved once it is.
+"""How long after a prompt's last layer its decode worker can go on: moved once it is computed, streamed while it is, and beginning on layer 0.
 
     python3 benchmarks/bench_streaming.py                       two cards: prefill on the first, decode on the last
     python3 benchmarks/bench_streaming.py --device cpu --tokens 1024,2048 --chunk 512 --heads 1 --hidden 64
@@ -7,7 +7,8 @@ Manager, workers, scheduler and transport are the example engine's; the model is
 multiply as such a model does, with latents whose values say what they are. Each request is a prompt of random ids and
 four generated tokens. Measured on the host's clock, which its processes share: from the end of the prompt's last layer, seen by the prefill worker,
 to the begin of the first decode step on the decode worker; beside it what the scheduler sees, from the first token to the second, and a decode step,
-from the third token to the fourth. The decode worker checks every latent that came. --trace prints who did what when for the last request of each kind.
+from the third token to the fourth. With --group layers at a time on their way, "from layer 0" begins the first decode step as soon as layer 0 is
+there and is taken once the rest is, so that what counts for it is the second token. The decode worker checks every latent that came. --trace prints who did what when for the last request of each kind.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from kvmanager import KVClient, PoolConfig, Replica
 from kvmanager.attention import LatentLayout, MLABackend
 from kvmanager.attention.plan import Plan
 from kvmanager.attention.transports.base import Pull as Transfer
+from kvmanager.examples.engine.ahead import StepsAhead
 from kvmanager.examples.engine.channel import SchedulerChannel, WorkerChannel
 from kvmanager.examples.engine.launch import Fleet
 from kvmanager.examples.engine.request import Request
@@ -40,6 +42,7 @@ from kvmanager.worker.replica import AckContent, Pull
 RANK, ROPE = 512, 64
 PAGE_SIZE = 64
 GENERATED = 4
+KINDS = WHOLE, STREAMED, EARLY = "moved when whole", "streamed", "streamed, from layer 0"
 POOLS = ("prefill0", "decode0")
 
 
@@ -48,13 +51,13 @@ class Layers:
 
     softmax_scale = (RANK + ROPE) ** -0.5
 
-    def __init__(self, device: str, num_layers: int, heads: int, hidden: int) -> None:
+    def __init__(self, device: str, num_layers: int, heads: int, hidden: int, prompts: list[int]) -> None:
         self.num_heads, self.hidden = heads, hidden
         self.device, self.num_layers = torch.device(device), num_layers
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.weights = [torch.randn(hidden, 4 * hidden, device=device, dtype=self.dtype) * 0.02 for _ in range(2)]
         self.entry = torch.arange(RANK + ROPE, device=device)
-        self.decoded = 0
+        self.prompts = prompts
 
     def layout(self, page_size: int) -> LatentLayout:
         return LatentLayout(RANK, ROPE, self.num_layers, page_size, str(self.dtype).removeprefix("torch."))  # type: ignore[arg-type]
@@ -65,22 +68,28 @@ class Layers:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: np.ndarray, positions: np.ndarray, backend: MLABackend, plan: Plan, on_layer: Callable[[int], None] | None = None
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        backend: MLABackend,
+        plan: Plan,
+        on_layer: Callable[[int], None] | None = None,
+        before_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         where = torch.from_numpy(positions).to(self.device)
         q = torch.randn(plan.num_tokens, self.num_heads, RANK + ROPE, device=self.device, dtype=self.dtype)
         hidden = torch.randn(plan.num_tokens, self.hidden, device=self.device, dtype=self.dtype)
         for layer in range(self.num_layers):
+            if before_layer is not None:
+                before_layer(layer)
             backend.write(plan, layer, self.latents(layer, where))
             backend.decode(plan, layer, q[: plan.num_decode])
             backend.prefill(plan, layer, q[plan.num_decode :])
             hidden = torch.nn.functional.silu(hidden @ self.weights[0]) @ self.weights[1].T
             if on_layer is not None:
                 on_layer(layer + 1)
-        if plan.num_decode and len(tokens) == plan.num_decode == 1:
-            self.decoded += 1
-            if self.decoded % (GENERATED - 1) == 0:  # with the last token, so that no time that counts has it in it
-                self.check(backend, plan)
+        if plan.num_decode and len(tokens) == plan.num_decode == 1 and int(plan.lengths[0]) - (GENERATED - 1) in self.prompts:
+            self.check(backend, plan)  # with the last token, so that no time that counts has it in it
         return torch.zeros(plan.batch, 8, device=self.device)
 
     def check(self, backend: MLABackend, plan: Plan) -> None:
@@ -99,10 +108,27 @@ class Layers:
                 )
 
 
+class TracedSteps(StepsAhead):
+    def _wait(self, handoff: int, layer: int) -> None:
+        super()._wait(handoff, layer)
+        if layer == 0:
+            self._worker.note("begin", 1, "ahead")  # type: ignore[attr-defined]
+
+    def _compute(self, *args: Any) -> Tensor | None:
+        logits = super()._compute(*args)
+        self._worker.note("ran ahead" if logits is not None else "gave way")  # type: ignore[attr-defined]
+        return logits
+
+
 class TracedWorker(Worker):
     """Writes down when its steps begin and end, and when pages begin to move and have arrived: lines of seconds, pool and words."""
 
     trace: TextIO
+    early: Path  # a file: pull by layers while it is there
+
+    def pull(self) -> None:
+        self.replica.pull_by_layers(self.model.num_layers, self.stream_layers if self.early.exists() else 0)
+        super().pull()
 
     def note(self, *words: object) -> None:
         print(f"{time.monotonic():.6f}", self.pool, *words, file=self.trace)
@@ -138,7 +164,7 @@ class BenchFleet(Fleet):
 
     def start(self, pool: str, device: str, args: argparse.Namespace) -> None:
         own = ["--as-worker", pool, "--device", device, "--trace-file", str(self.folder / f"{pool}.trace")]
-        for name in ("layers", "chunk", "group", "heads", "hidden"):
+        for name in ("layers", "chunk", "group", "heads", "hidden", "tokens"):
             own += [f"--{name}", str(getattr(args, name))]
         self._start(pool, [os.path.abspath(__file__), *own, "--manager", self.manager_address, "--scheduler", self.scheduler_address])
 
@@ -149,12 +175,14 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     channel = WorkerChannel(args.scheduler, args.as_worker)
     with KVClient(args.manager, timeout_ms=30_000, resend_ms=200) as client:
-        model: Any = Layers(args.device, args.layers, args.heads, args.hidden)
+        model: Any = Layers(args.device, args.layers, args.heads, args.hidden, [int(each) for each in args.tokens.split(",")])
         worker = TracedWorker(
             model, client, channel, args.as_worker,
             max_tokens=args.chunk, max_batch=4, lease_ms=60_000, keep_logits=False, stream_layers=args.group,
         )  # fmt: skip
         worker.trace = open(args.trace_file, "w")  # noqa: SIM115  (closed with the process)
+        worker.early = Path(args.trace_file).parent / "early"
+        worker.ahead = TracedSteps(worker)
         worker.replica.finish = worker.finished  # type: ignore[method-assign]
         try:
             worker.serve()
@@ -163,8 +191,13 @@ def work(args: argparse.Namespace) -> None:
             worker.memory.close()
 
 
-def run(scheduler: Scheduler, tokens: int, stream: bool, rng: np.random.Generator) -> Request:
-    scheduler.stream = stream
+def run(scheduler: Scheduler, tokens: int, kind: str, rng: np.random.Generator) -> Request:
+    scheduler.stream, scheduler.decode_early = kind != WHOLE, kind == EARLY
+    early, before = scheduler.supervisor.folder / "early", scheduler.early_tokens  # type: ignore[attr-defined]
+    if kind == EARLY:
+        early.touch()
+    else:
+        early.unlink(missing_ok=True)
     request = scheduler.submit(rng.integers(0, 30_000, tokens).tolist(), GENERATED)
     deadline = time.monotonic() + 120
     while not scheduler.idle:
@@ -173,6 +206,8 @@ def run(scheduler: Scheduler, tokens: int, stream: bool, rng: np.random.Generato
             raise SystemExit(f"{tokens} tokens: not served within 120 s: {request}"[:600])
     if request.error or request.lost or request.moves != 1:
         raise SystemExit(f"{tokens} tokens: {request.error or 'lost, or not moved'}")
+    if kind == EARLY and scheduler.early_tokens == before:
+        print(f"{tokens} tokens: what was run ahead was not taken, or was not begun")
     return request
 
 
@@ -209,23 +244,23 @@ def measure(args: argparse.Namespace, lengths: list[int]) -> list[dict[str, Any]
             scheduler.wait_ready(180)
             rng = np.random.default_rng(0)
             for tokens in lengths:
-                times: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
+                times: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS}
                 for repeat in range(args.repeats + 1):
-                    for stream in (False, True):
-                        request = run(scheduler, tokens, stream, rng)
+                    for kind in KINDS:
+                        request = run(scheduler, tokens, kind, rng)
                         at = request.token_times
                         trace = trace_of(fleet, request.submitted)
                         end, begin = gap_of(trace)
                         if repeat:  # the first of each kind compiles and maps
-                            times[stream].append((begin - end, at[1] - at[0], at[3] - at[2], at[0] - request.submitted))
+                            times[kind].append((begin - end, at[1] - at[0], at[3] - at[2], at[0] - request.submitted))
                         if args.trace and repeat == args.repeats:
                             print(*(f"{(when - end) * 1e3:10.2f} ms  {pool:>8}  {words}" for when, pool, words in trace), sep="\n")
-                for stream, each in times.items():
+                for kind, each in times.items():
                     gap, second, step, first = (float(np.median([row[which] for row in each])) * 1e3 for which in range(4))
-                    rows.append({"tokens": tokens, "streamed": stream, "gap_ms": gap, "second_token_ms": second, "decode_step_ms": step,
+                    rows.append({"tokens": tokens, "kind": kind, "streamed": kind != WHOLE, "gap_ms": gap, "second_token_ms": second, "decode_step_ms": step,
                                  "first_token_ms": first, "gaps_ms": [row[0] * 1e3 for row in each]})  # fmt: skip
                     print(
-                        f"{tokens:>7} tokens  {'streamed' if stream else 'moved when whole':>16}  last layer to first decode step {gap:8.2f} ms  "
+                        f"{tokens:>7} tokens  {kind:>22}  last layer to first decode step {gap:8.2f} ms  "
                         f"first token after {first:9.1f} ms, second {second:8.1f} ms after it, a decode step {step:6.1f} ms",
                         flush=True,
                     )

@@ -1,10 +1,11 @@
 """The engine's own channel between scheduler and workers: small msgpack maps over ZMQ. Block tables do not travel here.
 
 scheduler -> worker   run   {"t", "version", "items": [[sequence, first position, token ids int32 bytes, sample?], ...]}
+                      ahead {"t", "handoff", "sequence", "position", "token"}   its next step may be run while it is on its way there
                       dump  {"t", "sequence"}      its latents, for comparison with a reference
                       stop  {"t"}
 worker -> scheduler   ready   {"t", "pool", "worker", "pid"}
-                      done    {"t", "version", "out": [[sequence, next token], ...], "logits": float32 bytes or b""}
+                      done    {"t", "version", "out": [[sequence, next token], ...], "logits": float32 bytes or b"", "ahead": items that had been run before}
                       stale   {"t", "version"}     the step came too late and was not run
                       pulled  {"t", "handoff"}     its pull has ended, well or not: the manager has news
                       latents {"t", "sequence", "data": float32 bytes, "shape"}

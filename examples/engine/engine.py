@@ -29,6 +29,7 @@ class EngineConfig:
     prefill_pages, decode_pages  pages of each worker's pool
     chunk_tokens   prompt tokens a prefill step computes at most
     stream_layers  prompts go to their decode worker while they are computed, whole chunks and groups of so many layers; 0: once they are
+    decode_early   the first decode step begins on layer 0 when layer 0 is there, while the rest of the pages and of the protocol is on its way
     lease_ms       a worker silent for this long is fenced by the manager
     """
 
@@ -48,6 +49,7 @@ class EngineConfig:
     devices: tuple[str, ...] = ()
     stream_layers: int = 0
     decode_page_size: int = 0
+    decode_early: bool = False
 
     def __post_init__(self) -> None:
         least = 0 if self.mixed_workers else 1
@@ -103,6 +105,7 @@ class Engine:
                     lease_ms=config.lease_ms,
                     keep_logits=config.keep_logits,
                     stream_layers=config.stream_layers,
+                    decode_early=config.decode_early,
                 )
             self.scheduler = Scheduler(
                 self.client,
@@ -113,6 +116,7 @@ class Engine:
                 chunk_tokens=config.chunk_tokens,
                 keep_latents=config.keep_latents,
                 stream=config.stream_layers > 0,
+                decode_early=config.decode_early,
                 on_event=on_event,
             )
             try:

@@ -74,13 +74,24 @@ class Fleet:
         self._manager_ended = True
 
     def start_worker(
-        self, pool: str, model: Path, *, device: str, dtype: str, max_tokens: int, lease_ms: int, keep_logits: bool, stream_layers: int = 0
+        self,
+        pool: str,
+        model: Path,
+        *,
+        device: str,
+        dtype: str,
+        max_tokens: int,
+        lease_ms: int,
+        keep_logits: bool,
+        stream_layers: int = 0,
+        decode_early: bool = False,
     ) -> None:
         """A worker for `pool`; it reports to the scheduler's channel when it is ready."""
         arguments = ["-m", "kvmanager.examples.engine.worker", "--model", str(model), "--pool", pool, "--manager", self.manager_address]
         arguments += ["--scheduler", self.scheduler_address, "--device", device, "--dtype", dtype, "--max-tokens", str(max_tokens)]
         arguments += ["--lease-ms", str(lease_ms), *(["--keep-logits"] if keep_logits else [])]
         arguments += ["--stream-layers", str(stream_layers)] if stream_layers else []
+        arguments += ["--decode-early"] if decode_early else []
         self._start(pool, arguments)
 
     def _start(self, name: str, arguments: list[str]) -> None:

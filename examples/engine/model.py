@@ -156,12 +156,14 @@ class LatentModel:
         backend: MLABackend,
         plan: Plan,
         on_layer: Callable[[int], None] | None = None,
+        before_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Run one step; gives logits float32 [plan.batch, vocab] of each sequence's last token.
 
         token_ids  int64 [num_tokens]  tokens of this step in the plan's order: decode rows' first
         positions  int64 [num_tokens]  position of each in its sequence, from 0; where a token is stored is the plan's business
         on_layer   called with the number of layers so far once the kernels of each are launched: on a GPU they need not have run
+        before_layer  called with the number of each before its kernels are launched: it may wait for pages, or raise
 
         Raises InvalidValue for ids or positions out of range where they come from the host; tensors on a GPU are taken as they are.
         """
@@ -173,6 +175,8 @@ class LatentModel:
         rotations = self.rotations(hidden, where)
         for number, layer in enumerate(self._body.layers[: self.num_layers]):
             attention = self.attention[number]
+            if before_layer is not None:
+                before_layer(number)
             hidden = hidden + attention(layer.input_layernorm(hidden), rotations, backend, plan, number)
             normed = layer.post_attention_layernorm(hidden)
             hidden = hidden + layer.mlp(normed[None])[0]  # some MLPs insist on [batch, tokens, hidden]

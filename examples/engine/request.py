@@ -31,6 +31,7 @@ class Request:
     resume    the stage that it is in again if its handoff comes to nothing
     going     the pool that it is to decode on in
     streamed  its handoff was asked for while it was computed
+    shuns     the prefill pool that got on with nothing of it
     moves     times that its pages have gone to another pool
     length    slots reserved and given to a worker to write, of prompt + generated
     told      token ids that the manager knows
@@ -50,6 +51,7 @@ class Request:
     resume: Stage = Stage.WAITING
     going: str = ""
     streamed: bool = False
+    shuns: str = ""
     sequence: int = 0
     handoff: int = 0
     length: int = 0

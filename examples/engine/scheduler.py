@@ -81,6 +81,7 @@ class Scheduler:
 
     stream: prompts move to their decode worker while they are computed.
     page_size: of the pools, the smallest: ids of so many decoded tokens are told at once.
+    decode_early: it may compute their next token before all of it is there.
     keep_latents: before a request's pages are closed, fetch what is in them (for comparison with a reference).
     on_event: told in words what an operator would want to know.
     """
@@ -96,13 +97,15 @@ class Scheduler:
         chunk_tokens: int = 64,
         keep_latents: bool = False,
         stream: bool = False,
+        decode_early: bool = False,
         on_event: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.client, self.channel, self.supervisor = client, channel, supervisor
         self.pools = {name: PoolState(name, role) for name, role in pools.items()}
         self.page_size, self.chunk_tokens, self.keep_latents, self.on_event = page_size, chunk_tokens, keep_latents, on_event
-        self.stream = stream
+        self.stream, self.decode_early = stream, decode_early
         self.early_pulls = 0  # pieces of prompts that arrived while the rest was computed
+        self.early_tokens = 0  # tokens that were computed while pages were on their way
         self.requests: list[Request] = []
         self._by_sequence: dict[int, Request] = {}
         self._to_close: list[int] = []
@@ -162,6 +165,7 @@ class Scheduler:
                 pool.worker, pool.epoch = message["worker"], message["epoch"]
             elif message["t"] == "done" and message["version"] in pool.busy:
                 pool.busy.discard(message["version"])
+                self.early_tokens += message.get("ahead", 0)
                 self._on_tokens(message["out"], message["logits"])
             elif message["t"] == "stale" and message["version"] in pool.busy:
                 pool.busy.discard(message["version"])
@@ -202,6 +206,7 @@ class Scheduler:
                     request.resume = prefilled  # the manager had begun to move it in the middle of its prompt
                 elif request.handoff:
                     request.stage, request.resume = Stage.MOVING, prefilled  # streamed: the rest of it is on its way
+                    self._ask_ahead(request)
                 else:
                     request.stage = prefilled
 
@@ -288,13 +293,19 @@ class Scheduler:
                 if count > 0:
                     plan.grow.append((request, count))
                     budget -= count
-            while budget > 0 and waiting and not pool.draining:
-                request = waiting.pop(0)
+            while budget > 0 and (at := self._next_for(pool, waiting)) is not None:
+                request = waiting.pop(at)
                 request.pool = pool.name
                 # What is streamed is opened first and computed by the next step, which asks for its handoff too: every layer of it can go.
                 plan.opens.append((request, Open(request.tokens, pool.name, request.tenant, chunk=0 if self.stream else budget)))
                 budget -= min(budget, len(request.tokens))
         return plan
+
+    def _next_for(self, pool: PoolState, waiting: list[Request]) -> int | None:
+        """Place of the first that may be computed there: one that has stalled in a pool goes to another, if there is one."""
+        alone = sum(each.does("prefill") and each.alive and not each.draining for each in self.pools.values()) < 2
+        fits = (at for at, request in enumerate(waiting) if alone or request.shuns != pool.name)
+        return None if pool.draining else next(fits, None)
 
     def _decode_pool(self) -> str:
         """The decode pool with the fewest sequences; empty if none is alive."""
@@ -344,6 +355,13 @@ class Scheduler:
         if request.stage is not Stage.MOVING:
             request.resume = request.stage
         request.stage, request.handoff, request.target = Stage.MOVING, handoff, target
+        self._ask_ahead(request)
+
+    def _ask_ahead(self, request: Request) -> None:
+        """Its next token is all that is to be computed: the worker where it is going may begin with the layers that it has."""
+        if self.decode_early and request.generated and request.length == len(request.tokens) - 1:
+            ask = {"t": "ahead", "handoff": request.handoff, "sequence": request.sequence, "position": request.length}
+            self.channel.send(request.target, ask | {"token": request.tokens[-1]})
 
     def _item(self, request: Request, length: int) -> list[Any]:
         """Work for a worker: write and attend tokens [request.length, length); ask for a token if they are all there are."""
@@ -424,6 +442,9 @@ class Scheduler:
             request.handoff, request.target = 0, ""
             if notice.code in (SequenceTooLarge.code, OverQuota.code):  # no use in trying again
                 self._end(request, notice.reason)
+            elif notice.code == "stalled" and Stage.PREFILLING in (request.stage, request.resume):
+                request.shuns = request.pool
+                self._give_up(request)
             elif notice.code in ("pull_failed", "timed_out") and request.resume is Stage.PREFILLED:
                 self._on_pull_failed(request, notice.reason)
         self._hurry = True

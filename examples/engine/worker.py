@@ -23,12 +23,14 @@ from kvmanager.attention import MLABackend, PageMemory, PeerMemory
 from kvmanager.attention.transports.base import Pull as Transfer
 from kvmanager.attention.transports.base import PullState
 from kvmanager.errors import Fenced, KVError, PullFailed, StaleEpoch, StaleStep
+from kvmanager.examples.engine.ahead import StepsAhead
 from kvmanager.examples.engine.channel import WorkerChannel
 from kvmanager.examples.engine.model import LatentModel
 from kvmanager.worker.replica import AckContent, Pull
 
 __all__ = ["EXIT_FENCED", "Worker", "main"]
 
+LAYER_GROUP = 8  # in which pages come for a decode step that waits for them, if prompts are not streamed in groups anyway
 EXIT_FENCED = 3  # the manager took this worker for dead, or knows nothing of what it did: it has stopped touching pages and ends
 
 
@@ -47,6 +49,7 @@ class Worker:
         lease_ms: int,
         keep_logits: bool,
         stream_layers: int = 0,
+        decode_early: bool = False,
     ) -> None:
         self.model, self.client, self.channel, self.pool = model, client, channel, pool
         self.keep_logits, self.stream_layers = keep_logits, stream_layers
@@ -57,6 +60,9 @@ class Worker:
         self.warm_up(min(max_tokens, shape["page_size"] * pages) // 2)
         # Follow first, join then: nothing that happens to this worker's pool can be missed.
         self.replica = Replica(pool)
+        self.ahead = StepsAhead(self)
+        if decode_early:
+            self.replica.pull_by_layers(model.num_layers, stream_layers or LAYER_GROUP)
         self.follower = Follower(client, self.replica)
         memory = msgpack.packb(self.memory.export())
         self.worker_id = client.join(
@@ -91,7 +97,7 @@ class Worker:
         poller.register(self.channel.socket, zmq.POLLIN)
         poller.register(self.follower.socket, zmq.POLLIN)
         while os.getppid() == parent:
-            poller.poll(1 if self.pulling or self.replica.pulls() else int(self.renew_s * 500))
+            poller.poll(1 if self.pulling or self.replica.pulls() or self.ahead else int(self.renew_s * 500))
             self.follower.poll(0)
             self.copy()
             self.pull()
@@ -100,12 +106,16 @@ class Worker:
                     return
                 if message["t"] == "run":
                     self.runs.append(message)
+                elif message["t"] == "ahead":
+                    self.ahead.ask(message)
                 elif message["t"] == "dump":
                     self.dump(message["sequence"])
             while self.runs and self.run_next():
                 self.follower.poll(0)
                 self.copy()
                 self.pull()
+            if not self.runs:
+                self.ahead.run()
             self.acknowledge()
 
     # --- steps ---------------------------------------------------------------------------------------------------------------
@@ -123,13 +133,11 @@ class Worker:
             return True
         self.runs.popleft()
         items = run["items"]
-        tokens = [np.frombuffer(item[2], "<i4") for item in items]
-        tables = self.replica.batch(version, [item[0] for item in items])
-        plan = self.backend.plan(tables, [len(each) for each in tokens])
-        positions = np.concatenate([np.arange(item[1], item[1] + len(each)) for item, each in zip(items, tokens, strict=True)])
-        progress = LayerProgress(self, version, [item[0] for item in items])
-        logits = self.model.forward(np.concatenate(tokens).astype(np.int64), positions, self.backend, plan, progress.on_layer)
-        progress.wait()
+        ahead = self.ahead.take(version, items)
+        logits = self.compute(version, [item for item in items if item[0] not in ahead])
+        if ahead:
+            computed = iter(logits)
+            logits = torch.stack([ahead[item[0]] if item[0] in ahead else next(computed) for item in items])
         wanted = [row for row, item in enumerate(items) if item[3]]
         picked = logits[wanted]
         chosen = picked.argmax(-1).tolist()
@@ -139,8 +147,21 @@ class Worker:
         self.acknowledge()
         out = [[items[row][0], token] for row, token in zip(wanted, chosen, strict=True)]
         data = picked.cpu().numpy().astype("<f4").tobytes() if self.keep_logits else b""
-        self.channel.send({"t": "done", "version": version, "out": out, "logits": data})
+        self.channel.send({"t": "done", "version": version, "out": out, "logits": data, "ahead": len(ahead)})
         return True
+
+    def compute(self, version: int, items: list[list[Any]]) -> torch.Tensor:
+        """Logits [items, vocab] of each item's last token."""
+        if not items:
+            return torch.empty((0, 0))
+        tokens = [np.frombuffer(item[2], "<i4") for item in items]
+        tables = self.replica.batch(version, [item[0] for item in items])
+        plan = self.backend.plan(tables, [len(each) for each in tokens])
+        positions = np.concatenate([np.arange(item[1], item[1] + len(each)) for item, each in zip(items, tokens, strict=True)])
+        progress = LayerProgress(self, version, [item[0] for item in items])
+        logits: torch.Tensor = self.model.forward(np.concatenate(tokens).astype(np.int64), positions, self.backend, plan, progress.on_layer)
+        progress.wait()
+        return logits
 
     def acknowledge(self) -> None:
         """Tell the manager what is finished, if it owes anything, and renew the lease in time."""
@@ -289,6 +310,7 @@ class LayerProgress:
 @click.option("--max-batch", default=256, show_default=True, help="sequences of one step")
 @click.option("--lease-ms", default=10_000, show_default=True, help="silence after which the manager fences this worker")
 @click.option("--stream-layers", default=0, show_default=True, help="layers after which what is written is told to those who pull already")
+@click.option("--decode-early", is_flag=True, help="pull layer by layer, for a first decode step that begins before the last one is here")
 @click.option("--keep-logits", is_flag=True, help="send logits along, for comparison")
 def main(
     model: str,
@@ -302,6 +324,7 @@ def main(
     lease_ms: int,
     keep_logits: bool,
     stream_layers: int,
+    decode_early: bool,
 ) -> None:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # kernels are launched on the current device, not on that of their arguments
@@ -320,6 +343,7 @@ def main(
                 lease_ms=lease_ms,
                 keep_logits=keep_logits,
                 stream_layers=stream_layers,
+                decode_early=decode_early,
             )
             try:
                 worker.serve()

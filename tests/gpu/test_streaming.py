@@ -26,4 +26,4 @@ def test_latents_of_every_chunk_and_layer_arrive_as_they_were_written(tokens: in
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["streamed"] for row in rows] == [False, True]
+    assert [row["kind"] for row in rows] == ["moved when whole", "streamed", "streamed, from layer 0"]

@@ -24,7 +24,7 @@ def grow(driver: Any) -> dict[str, Any]:
         rates |= {each: 0.95 for each, text in texts.items() if text.arrived and not text.handoff}  # it decodes on
         growing = [each for each in texts if rng.random() < rates[each]]
         rng.shuffle(growing)
-        counts = [max(1, rng.choice((left.get(each, 0), 1, 5, PAGE) if each in left else (1, 1, 1, 1, 1, 1, 3, 20))) for each in growing]
+        counts = [max(1, rng.choice((left.get(each, 0), 1, 5, 16) if each in left else (1, 1, 1, 1, 1, 1, 3, 20))) for each in growing]
         if rng.random() < 0.02:
             growing, counts = [*growing, 12345 << 20], [*counts, 1]
         driver.last_grow = growing, counts
