@@ -16,7 +16,7 @@ HOPPER_ARCH = 90  # wgmma exists there and nowhere else
 FP8_ARCH_MIN = 89  # e4m3 is converted from there on
 HOPPER_RANKS = (65, 512)  # two warpgroups' registers hold 64 rows of 512; a narrower half than 64 columns is no swizzled tile
 HOPPER_FP8_DIMS = (512, 64)
-HOPPER_FP8_HEADS_MAX = 32  # so many a warpgroup's registers hold; beyond, the plain kernel's 64 rows are faster
+HOPPER_FP8_HEADS_MAX = 64  # its blocks of rows are 16; at 128 heads the plain kernel's 64 rows cost the same, and less on a warm card
 HOPPER_ROPE_MAX = 64  # probabilities take the place of a tile's rotary keys in shared memory
 TRITON_VERSIONS = ((3, 6), (3, 10))  # from, and before: Gluon is experimental, and these are the versions the kernel is compiled under
 

@@ -27,11 +27,11 @@ def hopper_shape(num_heads: int, rank: int, num_programs: int, pieces: int = 0) 
     return Shape(num_heads, hopper.BLOCK_ROWS, tokens, num_programs, split_tiles_min=1, whole_tiles=3, piece_tiles=pieces // tokens)
 
 
-def hopper_fp8_shape(num_heads: int, several_tokens: bool, num_programs: int) -> Shape:
+def hopper_fp8_shape(num_heads: int, num_programs: int) -> Shape:
     """What a work list for the Hopper kernel of eight-bit latents is cut for."""
     from kvmanager.kernels import mla_decode_hopper_fp8 as hopper_fp8
 
-    return Shape(num_heads, hopper_fp8.block_rows(num_heads, several_tokens), hopper_fp8.BLOCK_TOKENS, num_programs, whole_tiles=3)
+    return Shape(num_heads, hopper_fp8.BLOCK_ROWS, hopper_fp8.BLOCK_TOKENS, num_programs, whole_tiles=3)
 
 
 class CudaPath:
@@ -65,7 +65,10 @@ class CudaPath:
             self._pages = [mla_decode_hopper.describe_pages(memory.layer(index), self._rank) for index in range(layout.num_layers)]
             shapes = [hopper_shape(num_heads, self._rank, properties.multi_processor_count, pieces)] * 2
         elif self.kernel == "hopper_fp8":
-            shapes = [hopper_fp8_shape(num_heads, several, properties.multi_processor_count) for several in (False, True)]
+            from kvmanager.kernels import mla_decode_hopper_fp8
+
+            self._described = [mla_decode_hopper_fp8.describe(stored) for stored in self._stored]
+            shapes = [hopper_fp8_shape(num_heads, properties.multi_processor_count)] * 2
         else:
             self._tiles = [
                 mla_decode.choose_tile(num_heads, layout.kv_lora_rank, layout.qk_rope_head_dim, dtype, arch, several)
@@ -129,13 +132,12 @@ class CudaPath:
             elif self.kernel == "hopper_fp8":
                 from kvmanager.kernels import mla_decode_hopper_fp8
 
-                mla_decode_hopper_fp8.attend(q, self._stored[layer], *lists)
+                mla_decode_hopper_fp8.attend(q, self._described[layer], *lists)
             else:
                 pages, tile = self._stored[layer], self._tiles[kind]
                 mla_decode.attend(q, pages, *lists, tile, soft_cap=options.logit_soft_cap, window=options.sliding_window, sink=sink)
-            mla_merge.merge(
-                partial_out, partial_lse, work.merges, out, lse, rows_max, self.kernel == "hopper", sink, options.batch_invariant
-            )
+            overlap = self.kernel.startswith("hopper")
+            mla_merge.merge(partial_out, partial_lse, work.merges, out, lse, rows_max, overlap, sink, options.batch_invariant)
 
 
 def _device_plan(plan: Plan) -> DevicePlan:

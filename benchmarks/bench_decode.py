@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from measure import COLD_BYTES, Times, multiplying, print_header, rested_ms
-from peers import flashinfer, flashmla
+from peers import flashinfer, flashmla, flashmla_all_slots
 from result_files import write_results
 
 from kvmanager.attention.backend import MLABackend
@@ -30,7 +30,8 @@ from kvmanager.attention.layout import LatentLayout
 SHAPES = [
     "128x128x4096", "128x128x8192r", "128x128x32768r", "8x128x16384", "64x16x8192", "128x16x4096r", "1x128x4096", "1x16x65536",
     "32x128x4096q4", "128x16x4096q4", "128x128x4096d256+32", "128x128x4096d512+32", "128x128x4096p16", "128x128x4096p32", "64x16x8192p16",
-    "128x8x4096", "128x40x4096", "128x96x4096", "128x16x8192", "128x16x8192e4m3", "128x16x8192fp8_ds_mla",
+    "128x8x4096", "128x40x4096", "128x96x4096", "128x16x8192", "128x16x8192e4m3", "128x16x8192fp8_ds_mla", "64x32x8192fp8_ds_mla",
+    "64x128x4096fp8_ds_mla",
 ]  # fmt: skip
 SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(r?)(?:q(\d+))?(?:d(\d+)\+(\d+))?(?:p(\d+))?(e4m3|fp8_ds_mla)?")
 FORMATS: dict[str | None, dict[str, Any]] = {
@@ -82,7 +83,7 @@ def bench(shape: str, bandwidth: float, matmul: Times) -> dict[str, object]:
 
     layers = [index % num_layers for index in range(max(8, num_layers))]
     calls = {"ours": [lambda layer=layer: attend(plan, layer, problem.q[layer]) for layer in layers]}
-    for name, find in (("FlashMLA", flashmla), ("FlashInfer", flashinfer)):
+    for name, find in (("FlashMLA", flashmla), ("FlashMLA-listed", flashmla_all_slots), ("FlashInfer", flashinfer)):
         if (peer := find(problem, query_len)) is not None:
             calls[name] = [lambda layer=layer, peer=peer: peer(layer) for layer in layers]  # type: ignore[misc]
     times = {name: rested_ms(rival) for name, rival in calls.items()}

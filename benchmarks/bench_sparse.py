@@ -33,9 +33,9 @@ def bench(tokens: int, heads: int, stored_as: str | None, bandwidth: float, matm
     plan = backend.plan(problem.tables, problem.query_lens)
     read = (~problem.unread).flatten().nonzero().flatten()
     lists = [read[torch.randint(0, len(read), (tokens, TOPK))].int().cuda() for _ in range(4)]
-    out, lse = backend.attend_selected(plan, 1, problem.q[1], lists[0])
+    out, lse = backend.attend_selected(plan, 1, problem.q[1], lists[1])  # what the peer's second call takes
     for token in (0, tokens - 1):
-        latent = reference.read_latent(reference.select(problem.memory.layer(1), lists[0][token]), 512, layout.scale_of(1))
+        latent = reference.read_latent(reference.select(problem.memory.layer(1), lists[1][token]), 512, layout.scale_of(1))
         want = reference.attend(problem.q[1, token : token + 1], latent, 512, problem.scale, causal=False)
         assert_close(out[token : token + 1], lse[token : token + 1], *want)
 

@@ -14,7 +14,7 @@ import torch
 
 from kvmanager.attention.compare import Problem
 
-__all__ = ["flashinfer", "flashmla", "flashmla_listed"]
+__all__ = ["flashinfer", "flashmla", "flashmla_all_slots", "flashmla_listed"]
 
 FLASHINFER_WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
 
@@ -44,9 +44,12 @@ def flashmla(problem: Problem, query_len: int) -> Callable[[int], object] | None
     return call
 
 
-def flashmla_listed(problem: Problem, lists: list[torch.Tensor]) -> Callable[[int], object] | None:
-    """A call of FlashMLA's sparse decode on one of `lists` [tokens, topk], slots of an fp8_ds_mla cache; None where it is missing or does not take it."""
-    layout, (tokens, heads) = problem.memory.layout, problem.q.shape[1:3]
+def flashmla_listed(problem: Problem, lists: list[torch.Tensor], queries: torch.Tensor | None = None) -> Callable[[int], object] | None:
+    """A call of FlashMLA's sparse decode on one of `lists` [tokens, topk], slots of an fp8_ds_mla cache; None where it is missing or does not take it.
+
+    queries: other ones than the problem's."""
+    queries = problem.q if queries is None else queries
+    layout, (tokens, heads) = problem.memory.layout, queries.shape[1:3]
     if layout.dtype != "fp8_ds_mla" or layout.page_size != 64 or heads not in (64, 128):
         return None
     try:
@@ -58,12 +61,28 @@ def flashmla_listed(problem: Problem, lists: list[torch.Tensor]) -> Callable[[in
 
     def call(index: int) -> object:
         layer = index % layout.num_layers
-        q, listed = problem.q[layer].view(tokens, 1, heads, layout.entry), lists[index].view(tokens, 1, -1)
+        q, listed = queries[layer].view(tokens, 1, heads, layout.entry), lists[index].view(tokens, 1, -1)
         return flash_mla_with_kvcache(
             q, caches[layer], None, None, 512, plan, softmax_scale=problem.scale, is_fp8_kvcache=True, indices=listed
         )
 
     return call
+
+
+def flashmla_all_slots(problem: Problem, query_len: int) -> Callable[[int], object] | None:
+    """FlashMLA's sparse decode, the only one of fp8_ds_mla that it has for Hopper, with a list of all of a sequence's slots for each.
+
+    It takes 64 or 128 heads: fewer are filled up with random ones, whose work it does too."""
+    layout, tables, (num_layers, _, heads, entry) = problem.memory.layout, problem.tables, problem.q.shape
+    lengths = set(tables.lengths.tolist())
+    if query_len > 1 or heads > 128 or len(lengths) > 1 or min(lengths) % 64 or layout.dtype != "fp8_ds_mla":
+        return None
+    position = torch.arange(min(lengths), dtype=torch.int32)
+    page, offset = position // layout.page_size, position % layout.page_size
+    lists = [torch.from_numpy(tables.pages_of(row).copy())[page] * layout.page_size + offset for row in range(tables.batch)]
+    queries = torch.randn((num_layers, tables.batch, 64 if heads <= 64 else 128, entry), device=problem.q.device).to(problem.q.dtype)
+    queries[:, :, :heads] = problem.q
+    return flashmla_listed(problem, [torch.stack(lists).to(problem.q.device)] * num_layers, queries)
 
 
 def flashinfer(problem: Problem, query_len: int) -> Callable[[int], object] | None:

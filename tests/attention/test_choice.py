@@ -67,9 +67,9 @@ def test_default_pieces_depend_on_heads_alone_and_fit_every_tile() -> None:
 def test_hopper_cards_get_the_hopper_kernel_of_eight_bits_for_few_heads(layout: LatentLayout) -> None:
     for options in (Options(batch_invariant=True), Options(has_sink=True), Options(sliding_window=8), Options(logit_soft_cap=1.0)):
         assert choose_kernel(layout, 90, "3.6.0", options, 16).kernel == "triton"
-    for heads in (1, 16, 32):
+    for heads in (1, 16, 33, 64):
         assert choose_kernel(layout, 90, "3.6.0", None, heads).kernel == "hopper_fp8"
     assert "3.5.0" in choose_kernel(layout, 90, "3.5.0", None, 16).why and choose_kernel(layout, 90, "3.5.0", None, 16).kernel == "triton"
-    assert choose_kernel(layout, 90, "3.6.0", None, 33) == choose_kernel(layout, 90, "3.6.0")._replace(
-        why=choose_kernel(layout, 90, "3.6.0", None, 33).why
+    assert choose_kernel(layout, 90, "3.6.0", None, 65) == choose_kernel(layout, 90, "3.6.0")._replace(
+        why=choose_kernel(layout, 90, "3.6.0", None, 65).why
     )

@@ -260,10 +260,16 @@ _HOPPER = [
     ("totals0.store(total)", "total += totals0.load(ROW)"),
     ("totals1.store(total)", "total += totals1.load(ROW)"),
 ]
+_HOPPER_FP8 = [
+    ("row_scales.store(scale_log2 * ((254 - exponent) << 23).to(gl.float32, bitcast=True))", "row_scale = row_scales.load(ROW)"),
+    ("swap_rows.index(0).store(top)", "other_top = swap_rows.index(0).load(ROW)"),
+    ("swap_rows.index(1).store(total)", "total = total * mine + swap_rows.index(1).load(ROW) * others"),
+    ("swap.index(n % SWAPS).store(acc[n])", "theirs = swap.index(n % SWAPS).load(_SCORE)"),
+]
 _DISPATCH = ("def _attend_kernel(", "gl.warp_specialize(")
 FALSE = frozenset(
     Race(file, *sorted(pair))
-    for file, pairs in (("mla_decode_hopper.py", [*_HOPPER, _DISPATCH]), ("mla_decode_hopper_fp8.py", [_DISPATCH]))
+    for file, pairs in (("mla_decode_hopper.py", [*_HOPPER, _DISPATCH]), ("mla_decode_hopper_fp8.py", [*_HOPPER_FP8, _DISPATCH]))
     for pair in pairs
 )
 

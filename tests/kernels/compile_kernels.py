@@ -55,7 +55,6 @@ HOPPER = {  # what the kernel is compiled for; the dimensions are those of the m
 }
 HOPPER_FP8 = {
     "dtype": ("fp8_ds_mla", "float8_e4m3fn"),
-    "rows": (16, 32),
     "page_size": (64, 16, 48),
     "causal": (True, False),
 }
@@ -121,13 +120,14 @@ def hopper(everything: bool) -> Launches:
 
 
 def hopper_fp8(everything: bool) -> Launches:
-    def launch(dtype: str, rows: int, page_size: int, causal: bool) -> None:
+    def launch(dtype: str, page_size: int, causal: bool) -> None:
         layout = _layout((512, 64), page_size, dtype)
-        q, tensors, scale = _attention(layout, 16, rows)
-        mla_decode_hopper_fp8.attend(q, _stored(layout)[1], *tensors, scale, causal)  # type: ignore[arg-type]
+        q, tensors, scale = _attention(layout, 16, mla_decode_hopper_fp8.BLOCK_ROWS)
+        pages = mla_decode_hopper_fp8.describe(_stored(layout)[1])
+        mla_decode_hopper_fp8.attend(q, pages, *tensors, scale, causal)  # type: ignore[arg-type]
 
     for row in chosen(HOPPER_FP8, everything, lambda row: True):
-        name = f"hopper_fp8 {row['dtype']} page {row['page_size']} rows {row['rows']}{' causal' if row['causal'] else ''}"
+        name = f"hopper_fp8 {row['dtype']} page {row['page_size']}{' causal' if row['causal'] else ''}"
         yield name, lambda row=row: launch(**row)  # type: ignore[misc]
 
 
