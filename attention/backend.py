@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,10 +23,11 @@ from kvmanager.attention import torch_path
 from kvmanager.attention.layout import ROPE_ORDERS
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.options import Options
-from kvmanager.attention.plan import NUM_HEADS_MAX, Limits, Plan, make_plan
+from kvmanager.attention.plan import NUM_HEADS_MAX, Limits, Plan, make_plan, make_row_plan
+from kvmanager.attention.resident import ResidentTable
 from kvmanager.attention.shared_prefix import shares_prefixes
 from kvmanager.errors import InvalidValue, WrongState
-from kvmanager.tables import BatchTables
+from kvmanager.tables import BatchRows, BatchTables
 
 if TYPE_CHECKING:
     from kvmanager.attention.cuda_path import CudaPath
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["MLABackend"]
 
 TOPK_MAX = 2**16
+SEQUENCE_PAGES_MAX = 2**24
+RESIDENT_ENTRIES_MAX = 2**30
 
 
 class MLABackend:
@@ -51,6 +54,8 @@ class MLABackend:
     share_prefixes    on CUDA, leading pages that neighbouring decode rows have in common are read once for all of them where that is faster
                       (shared_prefix.py; order_by_prefix makes such rows neighbours). None: yes, but not with batch_invariant or
                       sliding_window, which rule it out. It changes a row's last bits, as the rest of the batch does anyway
+    sequence_pages    keep page tables on the device, of so many pages a sequence at most: `plan` of a replica's rows (Replica.batch_rows) then
+                      sends what changed alone. resident_rows: sequences in them, 2 * max_batch if None; those not planned for longest make room
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class MLABackend:
         sliding_window: int | None = None,
         sinks: Tensor | None = None,
         share_prefixes: bool | None = None,
+        sequence_pages: int | None = None,
+        resident_rows: int | None = None,
     ) -> None:
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or not 1 <= num_heads <= NUM_HEADS_MAX:
             raise InvalidValue("num_heads", f"an integer from 1 to {NUM_HEADS_MAX}", num_heads)
@@ -82,12 +89,13 @@ class MLABackend:
         self.options = Options(batch_invariant, invariant_tokens, logit_soft_cap, sliding_window, sinks is not None)
         self._sinks = None if sinks is None else _checked_sinks(sinks, memory, num_heads)
         share = shares_prefixes(share_prefixes, self.options)
+        self._table = self._resident_table(sequence_pages, resident_rows)
         self._serial = 0
         self._cuda: CudaPath | None = None
         if memory.device.type == "cuda":
             from kvmanager.attention.cuda_path import CudaPath
 
-            self._cuda = CudaPath(memory, num_heads, self.softmax_scale, self.limits, self.options, self._sinks, share)
+            self._cuda = CudaPath(memory, num_heads, self.softmax_scale, self.limits, self.options, self._sinks, share, self._table)
 
     @property
     def kernel(self) -> str:
@@ -99,24 +107,59 @@ class MLABackend:
         """Why that kernel and not another, in a sentence."""
         return "the pages are not on a CUDA device" if self._cuda is None else self._cuda.why
 
+    def _resident_table(self, sequence_pages: int | None, resident_rows: int | None) -> ResidentTable | None:
+        if sequence_pages is None:
+            if resident_rows is not None:
+                raise InvalidValue("resident_rows", "None without sequence_pages", resident_rows)
+            return None
+        rows = 2 * self.limits.max_batch if resident_rows is None else resident_rows
+        low, high = self.limits.max_batch, RESIDENT_ENTRIES_MAX
+        for field, value, least, most in (
+            ("sequence_pages", sequence_pages, 1, SEQUENCE_PAGES_MAX),
+            ("resident_rows", rows, low, high // (sequence_pages if isinstance(sequence_pages, int) and sequence_pages > 0 else 1)),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise InvalidValue(field, f"an integer from {least} to {most}", value)
+        return ResidentTable(rows, sequence_pages, self.memory.num_pages, self.memory.device.type != "cuda")
+
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes that the last plan sent to the device, in its one copy."""
+        return 0 if self._cuda is None else self._cuda.plan_bytes
+
     def plan(
         self,
-        tables: BatchTables,
-        query_lens: Sequence[int] | np.ndarray,
+        tables: BatchTables | BatchRows,
+        query_lens: Sequence[int] | np.ndarray | int,
         *,
         graph_batch: int | None = None,
         stores: Sequence[bool] | np.ndarray | None = None,
     ) -> Plan:
         """Plan one step. Rows of one query token come first, then those of several.
 
-        graph_batch pads a decode-only step to that many rows and fixes every launch's shape, so that one captured CUDA graph serves every
-        later plan of the same graph_batch. Call it outside the capture, on the stream that runs the step. A new plan ends the one before it.
-        stores: of each row, whether its tokens are written here; another rank writes those of the others (context_parallel.py).
+        tables       page tables as arrays, or rows of a replica's own: with `sequence_pages` only what changed of those is sent
+        query_lens   tokens of this step of each row; a number: of every row
+        graph_batch  pads a decode-only step to that many rows and fixes every launch's shape, so that one captured CUDA graph serves every
+                     later plan of the same graph_batch, of arrays or of rows. Call it outside the capture, on the stream that runs the step
+        stores       of each row, whether its tokens are written here; another rank writes those of the others (context_parallel.py)
+
+        A new plan ends the one before it, for the host: what the device was given to run with that one goes on reading what it was planned
+        with, since all that a plan sends is sent in the stream's order. So a step is planned while the one before it runs.
         """
-        plan = make_plan(self.layout, self.memory.num_pages, self.limits, tables, query_lens, graph_batch, self._serial + 1, stores)
-        if self._cuda is not None:
-            plan = replace(plan, device=self._cuda.send(plan))
-        self._serial += 1
+        serial = self._serial + 1
+        if isinstance(tables, BatchRows) and self._table is not None:
+            plan, update = make_row_plan(self.layout, self.limits, tables, query_lens, graph_batch, serial, stores, self._table)
+            if self._cuda is not None:
+                plan = self._cuda.send(plan, update)
+            self._table.commit(tables, update)
+        else:
+            arrays = tables.gathered() if isinstance(tables, BatchRows) else tables
+            if isinstance(query_lens, int):
+                query_lens = np.full(arrays.batch, query_lens)
+            plan = make_plan(self.layout, self.memory.num_pages, self.limits, arrays, query_lens, graph_batch, serial, stores)
+            if self._cuda is not None:
+                plan = self._cuda.send(plan)
+        self._serial = serial
         return plan
 
     def write(self, plan: Plan, layer: int, latent: Tensor) -> None:

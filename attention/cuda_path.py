@@ -8,7 +8,8 @@ from torch import Tensor
 from kvmanager.attention.choice import choose_kernel
 from kvmanager.attention.memory import PageMemory
 from kvmanager.attention.options import Options, piece_tokens
-from kvmanager.attention.plan import Limits, Plan
+from kvmanager.attention.plan import Limits, Plan, with_device
+from kvmanager.attention.resident import ResidentTable, Update
 from kvmanager.attention.staging import DevicePlan, Staging
 from kvmanager.attention.work import Shape
 from kvmanager.errors import WrongState
@@ -46,6 +47,7 @@ class CudaPath:
         options: Options,
         sinks: Tensor | None = None,
         share_prefixes: bool = False,
+        table: ResidentTable | None = None,
     ) -> None:
         layout, device = memory.layout, memory.device
         self._memory, self._rank, self._scale, self._options, self._sinks = memory, layout.kv_lora_rank, scale, options, sinks
@@ -88,14 +90,20 @@ class CudaPath:
                 for tile in self._tiles
             ]
         self._shapes = shapes
-        self._staging = Staging(limits, shapes[0], shapes[1], layout.page_size, device, share_prefixes)
+        self._staging = Staging(limits, shapes[0], shapes[1], layout.page_size, device, share_prefixes, table)
         rows = self._staging.partials_max * max(shape.block_rows for shape in shapes)
         rows = max(rows, self._programs * self._sparse_tile.programs_per_sm * self._sparse_tile.block_rows)
         self._partial_out = torch.empty(rows * layout.kv_lora_rank, dtype=torch.float32, device=device)
         self._partial_lse = torch.empty(rows, dtype=torch.float32, device=device)
 
-    def send(self, plan: Plan) -> DevicePlan:
-        return self._staging.send(plan)
+    @property
+    def plan_bytes(self) -> int:
+        return self._staging.sent_bytes
+
+    def send(self, plan: Plan, update: Update | None = None) -> Plan:
+        """The plan with its device buffers; the copy is under way. update: of the resident table, if the plan's rows are in it."""
+        device = self._staging.send(plan) if update is None else self._staging.send_rows(plan, update)
+        return with_device(plan, device)
 
     def write(self, plan: Plan, layer: int, latent: Tensor) -> None:
         slots = _device_plan(plan).slots

@@ -252,7 +252,8 @@ class LongPrefill:
         for row in range(plan.num_decode, plan.batch):
             length, count = int(plan.lengths[row]), int(plan.query_lens[row])
             start = int(plan.query_starts[row]) - plan.num_decode
-            ids = page_ids[int(plan.page_starts[row]) : int(plan.page_starts[row + 1])]
+            pages_of, base = plan.pages_of(row), 0 if plan.device is None else plan.device.page_base
+            ids = page_ids[base + pages_of.start : base + pages_of.stop]
             part = slice(start, start + count)
             self._attend_sequence(pages, layer, ids, length, self._joined(q_nope[part], q_pe[part]), w_k, w_v, out[part], lse[part])
 

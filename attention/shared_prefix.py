@@ -65,9 +65,13 @@ def gain(shape: Shape, rows: int, tiles: int) -> float:
 def _shared_tiles(shape: Shape, page_size: int, page_ids: np.ndarray, page_starts: np.ndarray, lengths: np.ndarray) -> list[int]:
     """Tiles that each row and the next have in common at their beginning: whole ones, and less than all of either row. Empty: none has any."""
     probe = (shape.block_tokens - 1) // page_size  # the last page of a first tile: most rows part there, if they do not share
+    # Of a row without such a page this is another's page, or none: told apart below, if anything is equal at all.
+    last = page_ids.take(page_starts[: len(lengths)] + probe, mode="clip")
+    same = last[:-1] == last[1:]
+    if not same.any():
+        return []
     long = lengths > shape.block_tokens
-    last = page_ids[(page_starts[: len(lengths)] + probe) * long]
-    same = (last[:-1] == last[1:]) & long[:-1] & long[1:]
+    same = same & long[:-1] & long[1:]
     if not same.any():
         return []
     tiles = [0] * (len(lengths) - 1)

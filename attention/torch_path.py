@@ -96,7 +96,7 @@ def attend_rows(
     for row in rows:
         length, count = int(plan.lengths[row]), int(plan.query_lens[row])
         start = int(plan.query_starts[row]) - first_token
-        ids = torch.from_numpy(plan.page_ids[plan.page_starts[row] : plan.page_starts[row + 1]])
+        ids = torch.from_numpy(plan.page_ids[plan.pages_of(row)])
         kept = _take(pages, ids).flatten(0, 1)[:length]  # cut before any arithmetic: the rest may be NaN
         latent = read_latent(kept, out.shape[-1], stored_scale)
         part = slice(start, start + count)

@@ -10,7 +10,6 @@ multiples of it in the sequence and nowhere else; only which lane runs a piece d
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,19 +79,16 @@ class WorkList:
     num_partials: int
 
 
-def _whole(ends: np.ndarray, lanes: int, most: int) -> np.ndarray | None:
-    """The lane of each unit if units in order, none cut, fit into lanes of at most `most`; ends: where each unit ends on the line."""
-    line, lasts, begin, last = ends.tolist(), [0], 0, 0
-    length, left = line[-1], lanes
-    while left:
-        first, last, left = last, bisect_right(line, begin + most, last), left - 1
-        lasts.append(last)
-        if last == len(line):
-            return np.repeat(np.arange(lanes - left), np.diff(lasts))
-        begin = line[last - 1]
-        if last == first or length - begin > left * most:
-            return None  # a unit longer than a lane, or more than what the lanes that are left can hold
-    return None
+def _whole(ends: np.ndarray, cost: np.ndarray, cut: np.ndarray, most: int) -> np.ndarray | None:
+    """The lane of each unit if none is cut: lane n begins at the unit's end that is nearest to the place cut[n - 1]. None if a lane has more
+    than `most` then. ends: where each unit, which takes `cost`, ends on the line."""
+    unit = ends.searchsorted(cut, side="right")
+    end = ends[unit]
+    start = end - cost[unit]
+    place = np.where(cut - start <= end - cut, start, end)
+    if np.diff(place, prepend=0, append=ends[-1]).max() > most:
+        return None
+    return place.searchsorted(ends - cost, side="right")
 
 
 def _cut(shape: Shape, tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -100,10 +96,11 @@ def _cut(shape: Shape, tiles: np.ndarray, lanes: int) -> tuple[np.ndarray, np.nd
     cost = tiles + OVERHEAD_TILES
     ends = np.cumsum(cost)
     length = int(ends[-1])
-    if shape.whole_tiles and (whole := _whole(ends, lanes, div_ceil(length, lanes) + shape.whole_tiles)) is not None:
-        return np.arange(len(tiles)), np.zeros(len(tiles), np.int64), tiles, whole
     used = max(1, min(lanes, length // shape.split_tiles_min))
-    return cut_at(shape, tiles, np.arange(1, used, dtype=np.int64) * length // used)  # shares differ by one tile at most
+    cut = np.arange(1, used, dtype=np.int64) * length // used  # shares differ by one tile at most
+    if shape.whole_tiles and (whole := _whole(ends, cost, cut, div_ceil(length, used) + shape.whole_tiles)) is not None:
+        return np.arange(len(tiles)), np.zeros(len(tiles), np.int64), tiles, whole
+    return cut_at(shape, tiles, cut)
 
 
 def cut_at(shape: Shape, tiles: np.ndarray, cut: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from kvmanager.service.client import KVClient
     from kvmanager.service.server import Server
     from kvmanager.surface import Opened, Pinned, Refused, StepReply
-    from kvmanager.tables import BatchTables
+    from kvmanager.tables import BatchRows, BatchTables
     from kvmanager.worker.follower import Follower
     from kvmanager.worker.replica import Pull, Replica
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchRows",
     "BatchTables",
     "DryRun",
     "Enqueue",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "BatchRows": "tables",
     "BatchTables": "tables",
     "DryRun": "machine.preview",
     "Enqueue": "machine.commands",

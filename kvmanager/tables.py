@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-__all__ = ["BatchTables", "div_ceil"]
+if TYPE_CHECKING:
+    from kvmanager.pages.sequences import Tables
+
+__all__ = ["BatchRows", "BatchTables", "div_ceil"]
 
 
 def div_ceil(value: int, divisor: int) -> int:
@@ -40,3 +44,29 @@ class BatchTables:
     def pages_of(self, row: int) -> np.ndarray:
         """Page ids of the sequence in row `row`, int32."""
         return self.page_ids[self.page_indptr[row] : self.page_indptr[row + 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The sequences of one step as rows of the replica's own tables: nothing is copied, so it is good until the replica applies the next step.
+
+    version    the step's version: what the tables include
+    page_size  token slots a page
+    lengths    int64 [batch]   as in BatchTables; this object's own
+    rows       int64 [batch]   rows of `tables`; the same array as in the step before if the batch is the same
+    tables     of all sequences
+    """
+
+    version: int
+    page_size: int
+    lengths: np.ndarray
+    rows: np.ndarray
+    tables: Tables
+
+    @property
+    def batch(self) -> int:
+        return len(self.rows)
+
+    def gathered(self) -> BatchTables:
+        """The same as arrays of its own."""
+        return replace(self.tables.batch_of(self.rows, self.version, self.page_size), lengths=self.lengths.astype(np.int32))

@@ -17,7 +17,7 @@ from kvmanager.pages.steady import Steady
 from kvmanager.pages.token_ids import TokenIds
 from kvmanager.tables import BatchTables
 
-__all__ = ["SLOT_BITS", "SLOT_MASK", "Sequence", "Tables", "slot_of"]
+__all__ = ["SLOT_BITS", "SLOT_MASK", "Sequence", "Tables", "Watch", "slot_of"]
 
 SLOT_BITS = 20
 SLOT_MASK = (1 << SLOT_BITS) - 1
@@ -80,6 +80,28 @@ class Sequence:
     cut_floor: int = 0
 
 
+class Watch:
+    """How much of each row somebody's copy of the tables holds, so that only what changed is copied again.
+
+    kept      int64 [rows]  leading entries of the row that the copy has. Whoever copies raises it; a change of an entry that is there lowers it,
+                            and one that is appended is past it anyway
+    rewrites  counts how often it was lowered: as long as that stays, rows have only grown
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.kept = np.zeros(rows, np.int64)
+        self.rewrites = 0
+
+    def lower(self, row: int, entries: int) -> None:
+        """Entries of the row from this one on have changed, or are about to."""
+        if self.kept[row] > entries:
+            self.kept[row] = entries
+            self.rewrites += 1
+
+    def reserve(self, rows: int) -> None:
+        self.kept = np.concatenate([self.kept, np.zeros(rows - len(self.kept), np.int64)])
+
+
 class Tables:
     """Block tables and lengths of all open sequences, changed only by applying events."""
 
@@ -94,6 +116,7 @@ class Tables:
         self._last_rows: np.ndarray | None = None  # of last_ids, as long as none of them has been closed
         self._repeats = 0  # of the last grow, which are not in `_lengths` yet
         self.steady: Steady | None = None  # kept by whoever decides about growth, as long as it follows from the columns here
+        self.watches: list[Watch] = []
         self.placements = 0  # counts openings, closings and moves: as long as it stays, so do rows and pools of known ids
 
     @property
@@ -167,6 +190,11 @@ class Tables:
         pages = self.pages.ravel().take(places, mode="wrap")
         return BatchTables(version, page_size, self.lengths[rows].astype(np.int32), pages, indptr)
 
+    def watch(self) -> Watch:
+        """Have it told from now on which entries of which rows change, beginning with none copied."""
+        self.watches.append(Watch(len(self.ids)))
+        return self.watches[-1]
+
     # --- changes: called by apply only ---------------------------------------------------------------------------------------
 
     def _reserve(self, slots: int, width: int) -> None:
@@ -184,6 +212,8 @@ class Tables:
             self.pools = np.concatenate([self.pools, np.zeros(grow, np.int32)])
             self._lengths = np.concatenate([self._lengths, np.zeros(grow, np.int64)])
             self.page_counts = np.concatenate([self.page_counts, np.zeros(grow, np.int64)])
+            for watch in self.watches:
+                watch.reserve(new_slots)
 
     def open(self, sequence_id: int, pool: int, length: int, pages: np.ndarray) -> None:
         slot = slot_of(sequence_id)
@@ -204,6 +234,8 @@ class Tables:
         """Fill a row, of which no page is left."""
         self.placements += 1
         self._reserve(row + 1, max(1, len(pages)))
+        for watch in self.watches:
+            watch.lower(row, 0)
         self.pools[row] = pool
         self.lengths[row] = length
         self.page_counts[row] = len(pages)
@@ -264,6 +296,9 @@ class Tables:
         for index in np.flatnonzero(page_counts < self.page_counts[rows]):
             row = rows[index]
             self.pages[row, page_counts[index] : self.page_counts[row]] = -1
+        for watch in self.watches:
+            for row, count, target in zip(rows.tolist(), page_counts.tolist(), targets.tolist(), strict=True):
+                watch.lower(row, count - (target >= 0))
         self.lengths[rows] = lengths
         self.page_counts[rows] = page_counts
         for index in np.flatnonzero(targets >= 0):
@@ -271,13 +306,19 @@ class Tables:
 
     def swap(self, sequence_id: int, first: int, pages: np.ndarray) -> None:
         """Replace table entries [first, first + len(pages)): published pages may be another sequence's equal ones."""
-        self.pages[self.row(sequence_id), first : first + len(pages)] = pages
+        row = self.row(sequence_id)
+        if self.watches and (changed := np.flatnonzero(self.pages[row, first : first + len(pages)] != pages)).size:
+            for watch in self.watches:
+                watch.lower(row, first + int(changed[0]))
+        self.pages[row, first : first + len(pages)] = pages
 
     def close(self, sequence_id: int) -> None:
         row = self.row(sequence_id)
         lengths = self.lengths
         self._last_rows = self.steady = None
         self.placements += 1
+        for watch in self.watches:
+            watch.lower(row, 0)
         self.pages[row, : self.page_counts[row]] = -1
         self.ids[row] = self.pools[row] = lengths[row] = self.page_counts[row] = 0
 

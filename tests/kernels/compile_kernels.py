@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
-from kvmanager.kernels import latent_write, mla_decode, mla_decode_hopper, mla_decode_hopper_fp8, mla_decode_sparse, mla_merge
+from kvmanager.kernels import latent_write, mla_decode, mla_decode_hopper, mla_decode_hopper_fp8, mla_decode_sparse, mla_merge, step_plan
 from kvmanager.kernels.latent_formats import Stored, view_pages
 from kvmanager.kernels.page_checksum import sum_pages
 from kvmanager.kernels.page_copy import copy_pages
@@ -232,7 +232,14 @@ def move(everything: bool) -> Launches:
         yield f"pull{' whole' if whole else ''}", lambda a=arguments: pull_pages(words.data_ptr(), words, segments, **a)  # type: ignore[misc]
 
 
-FAMILIES = (hopper, hopper_fp8, decode, sparse, write, merge, state, move)
+def plan(everything: bool) -> Launches:
+    words, slots, sent = torch.zeros(64, dtype=torch.int32), torch.zeros(8, dtype=torch.int64), step_plan.Sent(0, 8, 2, 8)
+    for lanes, group, split_min, whole, rows_max in ((132, 1, 1, 3, 256), (66, 2, 2, 0, 4096)):
+        places = step_plan.ListPlaces(0, 0, 0, lanes, group, 64, 128, split_min, whole, rows_max, 64)
+        yield f"plan {rows_max} rows {lanes} lanes", lambda a=places: step_plan.finish(words, words, slots, a, sent, 0, 8, True)  # type: ignore[misc]
+
+
+FAMILIES = (hopper, hopper_fp8, decode, sparse, write, merge, state, move, plan)
 
 
 def loose_arrivals(code: str) -> int:

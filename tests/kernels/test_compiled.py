@@ -52,6 +52,7 @@ FAMILIES = {
     "copy": 1,
     "checksum": 1,
     "pull": 2,
+    "plan": 2,
 }
 
 
