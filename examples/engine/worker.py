@@ -56,7 +56,9 @@ class Worker:
         shape = client.stats()["pools"][pool]
         pages = shape["pages"]["total"]
         self.memory = PageMemory(model.layout(shape["page_size"]), pages, model.device)
-        self.backend = MLABackend(self.memory, model.num_heads, model.softmax_scale, max_tokens, max_batch, max_pages=pages * max_batch)
+        self.backend = MLABackend(
+            self.memory, model.num_heads, model.softmax_scale, max_tokens, max_batch, max_pages=pages * max_batch, sequence_pages=pages
+        )
         self.warm_up(min(max_tokens, shape["page_size"] * pages) // 2)
         # Follow first, join then: nothing that happens to this worker's pool can be missed.
         self.replica = Replica(pool)
@@ -155,7 +157,7 @@ class Worker:
         if not items:
             return torch.empty((0, 0))
         tokens = [np.frombuffer(item[2], "<i4") for item in items]
-        tables = self.replica.batch(version, [item[0] for item in items])
+        tables = self.replica.batch_rows(version, [item[0] for item in items])
         plan = self.backend.plan(tables, [len(each) for each in tokens])
         positions = np.concatenate([np.arange(item[1], item[1] + len(each)) for item, each in zip(items, tokens, strict=True)])
         progress = LayerProgress(self, version, [item[0] for item in items])
