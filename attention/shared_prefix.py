@@ -15,7 +15,7 @@ from kvmanager.attention.work import OVERHEAD_TILES, Shape
 from kvmanager.errors import InvalidValue
 from kvmanager.tables import BatchTables, div_ceil
 
-__all__ = ["PrefixGroup", "find_groups", "gain", "order_by_prefix", "shares_prefixes"]
+__all__ = ["PrefixGroup", "find_groups", "find_lasting_groups", "gain", "order_by_prefix", "shares_prefixes"]
 
 # In tiles of one block of rows, as measured on an H100 at 512 + 64.
 PARTIAL_TILES = 6.0  # what a block of partial rows takes to be written and read again
@@ -62,18 +62,22 @@ def gain(shape: Shape, rows: int, tiles: int) -> float:
     return float(tiles * (rows * shape.blocks_per_token - together) - rows * (partials + OVERHEAD_TILES))
 
 
-def _shared_tiles(shape: Shape, page_size: int, page_ids: np.ndarray, page_starts: np.ndarray, lengths: np.ndarray) -> list[int]:
-    """Tiles that each row and the next have in common at their beginning: whole ones, and less than all of either row. Empty: none has any."""
+def _shared_tiles(
+    shape: Shape, page_size: int, page_ids: np.ndarray, page_starts: np.ndarray, lengths: np.ndarray
+) -> tuple[list[int], bool]:
+    """Tiles that each row and the next have in common at their beginning: whole ones, and less than all of either row. Empty: none has any.
+    And whether that stays as the rows grow."""
     probe = (shape.block_tokens - 1) // page_size  # the last page of a first tile: most rows part there, if they do not share
     # Of a row without such a page this is another's page, or none: told apart below, if anything is equal at all.
     last = page_ids.take(page_starts[: len(lengths)] + probe, mode="clip")
     same = last[:-1] == last[1:]
+    lasts = int(lengths.min()) > shape.block_tokens  # a row of a tile or less may come to share one
     if not same.any():
-        return []
+        return [], lasts
     long = lengths > shape.block_tokens
     same = same & long[:-1] & long[1:]
     if not same.any():
-        return []
+        return [], lasts
     tiles = [0] * (len(lengths) - 1)
     starts, counts = page_starts.tolist(), lengths.tolist()
     for row in np.flatnonzero(same).tolist():
@@ -83,8 +87,9 @@ def _shared_tiles(shape: Shape, page_size: int, page_ids: np.ndarray, page_start
         differ = page_ids[start : start + pages] != page_ids[other : other + pages]
         at = int(differ.argmax())
         tokens = min(shortest, at * page_size) if differ[at] else shortest
+        lasts &= tokens < shortest
         tiles[row] = tokens // shape.block_tokens
-    return tiles
+    return tiles, lasts
 
 
 def find_groups(
@@ -94,11 +99,18 @@ def find_groups(
 
     page_ids [any] and page_starts [batch (+ 1)] as in a plan; lengths [batch] int64, 0 for padding. What rows have in common is a tree: all
     rows of a stretch share as much as its least alike neighbours do. A stretch is one group, or those of its parts, whichever saves more."""
+    return find_lasting_groups(shape, page_size, page_ids, page_starts, lengths)[0]
+
+
+def find_lasting_groups(
+    shape: Shape, page_size: int, page_ids: np.ndarray, page_starts: np.ndarray, lengths: np.ndarray
+) -> tuple[tuple[PrefixGroup, ...], bool]:
+    """The same, and whether the groups stay these as long as the rows only grow."""
     if len(lengths) < 2 or not len(page_ids):
-        return ()
-    tiles = _shared_tiles(shape, page_size, page_ids, page_starts, lengths)
+        return (), True
+    tiles, lasts = _shared_tiles(shape, page_size, page_ids, page_starts, lengths)
     if not any(tiles):
-        return ()
+        return (), lasts
     found: list[PrefixGroup] = []
     stack: list[tuple[int, int, float, list[PrefixGroup]]] = []  # open stretches: tiles, first row, what their parts save, and those
     for row, shared in enumerate([*tiles, 0]):
@@ -116,4 +128,4 @@ def find_groups(
             stack.append((shared, first, inner, groups))
         else:
             found += groups
-    return tuple(found)
+    return tuple(found), lasts

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kvmanager.attention.plan import Limits, Plan
 from kvmanager.attention.resident import ResidentTable, Update
-from kvmanager.attention.shared_prefix import PrefixGroup, find_groups
+from kvmanager.attention.shared_prefix import PrefixGroup, find_groups, find_lasting_groups
 from kvmanager.attention.shared_work import WORTH, apart_level, shared_decode_work, shared_items_max, shared_partials_max
 from kvmanager.attention.work import ITEM_FIELDS, MERGE_FIELDS, Shape, decode_work, prefill_waves, prefill_work
 from kvmanager.kernels.step_plan import ROWS_MAX, ListPlaces, Sent, finish
@@ -188,6 +188,7 @@ class Staging:
             self._merges_max = group * limits.max_batch
             self.partials_max = max(self.partials_max, shared_partials_max(decode_shape, limits.max_batch))
             decode_items = shared_items_max(decode_shape, limits.max_batch)
+        self._items_max = decode_items
         room = max(limits.max_pages + RUN_FIELDS * limits.max_batch, GRAPH_IDS + RUN_FIELDS * GRAPH_RUNS)
         changes = 4 * (room + 3 * limits.max_batch) if table is not None else 0
         sizes = (
@@ -224,7 +225,9 @@ class Staging:
         self._no_lists = ListPlaces(0, 0, 0, 1, 1, 1, 1, 1, 0, 1, page_size)
         self._slots = self.buffer[self._slots_at : self._slots_at + 8 * limits.max_batch].view(torch.int64)
         self._row_plans: dict[int, DevicePlan] = {}
-        self._apart: tuple[int, tuple[int, int]] | None = None  # of which rows it is known that none shares anything with its neighbour
+        self._lasting: tuple[tuple[int, tuple[int, int]], tuple[PrefixGroup, ...]] | None = (
+            None  # of which rows it is known what they share
+        )
         self._seated: tuple[int, int, np.ndarray] | None = None
 
     @property
@@ -247,7 +250,8 @@ class Staging:
     def send(self, plan: Plan) -> DevicePlan:
         """Pack a plan of arrays and start its copy on the current stream; whatever that stream runs next sees it."""
         rows = plan.num_decode
-        groups = self._find_groups(plan.page_ids, plan.page_starts[:rows], plan.lengths[:rows]) if self._share else ()
+        shape, size = self._decode_shape, self._page_size
+        groups = find_groups(shape, size, plan.page_ids, plan.page_starts[:rows], plan.lengths[:rows]) if self._share else ()
         host = self._ring.begin()
         packed = self._pack_lists(plan, host, groups, 0, True)
         self._ring.send(self._slots_at, packed.end)
@@ -305,7 +309,7 @@ class Staging:
         shape = self._decode_shape
         programs = self._view(self._lists_at[0], np.int32, (shape.lanes * shape.blocks_per_token + 1,))
         merges = self._view(self._lists_at[1], np.int32, (self._merge_rows(rows), MERGE_FIELDS))
-        items = self._view(self._lists_at[2], np.int32, (shape.blocks_per_token * (rows + shape.lanes), ITEM_FIELDS))
+        items = self._view(self._lists_at[2], np.int32, (self._items_max, ITEM_FIELDS))
         work = DeviceWork(programs, items, merges)
         return DevicePlan(self._view(self._slots_at, np.int64, (rows,)), self._page_ids, work, (), (), self._page_base)
 
@@ -321,19 +325,14 @@ class Staging:
             seated = self._seated = update.seating[0], plan.num_decode, starts
         return seated[2]
 
-    def _find_groups(self, page_ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[PrefixGroup, ...]:
-        return find_groups(self._decode_shape, self._page_size, page_ids, starts, lengths)
-
     def _groups_of_rows(self, plan: Plan, update: Update) -> tuple[PrefixGroup, ...]:
-        """As _find_groups. Rows that shared nothing when they were looked at, and have only grown since, are not looked at again."""
+        """As find_groups. Rows that were looked at, and have only grown since, are not looked at again if what they share stays."""
         key = plan.num_decode, update.seating
-        if self._apart == key:
-            return ()
-        count = min(plan.num_decode, len(update.starts))
-        lengths = plan.lengths[:count]
-        groups = self._find_groups(update.source, update.source_starts, lengths)
-        # Rows of a tile or less may come to share one as they grow.
-        self._apart = key if not groups and len(lengths) and lengths.min() > self._decode_shape.block_tokens else None
+        if self._lasting is not None and self._lasting[0] == key:
+            return self._lasting[1]
+        lengths = plan.lengths[: min(plan.num_decode, len(update.starts))]
+        groups, lasts = find_lasting_groups(self._decode_shape, self._page_size, update.source, update.source_starts, lengths)
+        self._lasting = (key, groups) if lasts else None
         return groups
 
     def _pack_lists(

@@ -12,7 +12,7 @@ from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.compare import check_attention, make_problem, share_pages
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.options import Options
-from kvmanager.attention.shared_prefix import PrefixGroup, find_groups, gain, order_by_prefix, shares_prefixes
+from kvmanager.attention.shared_prefix import PrefixGroup, find_groups, find_lasting_groups, gain, order_by_prefix, shares_prefixes
 from kvmanager.attention.shared_work import WORTH, apart_level, shared_decode_work, shared_items_max, shared_partials_max
 from kvmanager.attention.work import Shape, WorkList, decode_work
 from kvmanager.errors import InvalidValue
@@ -182,6 +182,19 @@ def test_each_latent_of_each_row_is_met_once_and_merged_in_order(
 
 def loads_of(work: WorkList, shape: Shape) -> list[int]:
     return [sum(-(-(item[6] - item[5]) // shape.block_tokens) + 1 for item in work.items[a:b].tolist()) for a, b in pairwise(work.programs)]
+
+
+def test_groups_that_last_stay_as_rows_grow_and_others_may_not() -> None:
+    """Two rows of 3 tiles that differ after 2, two equal ones, one of less than a tile: only the first kind may be kept."""
+    shape = Shape(16, 64, PAGE, 132, split_tiles_min=1, whole_tiles=3)
+    first, second = np.arange(60, dtype=np.int32), np.arange(60, dtype=np.int32)
+    second[40:] += 1000
+    starts = np.array([0, 60])
+    assert find_lasting_groups(shape, PAGE, np.concatenate([first, second]), starts, np.array([50 * PAGE, 51 * PAGE]))[1]
+    assert not find_lasting_groups(shape, PAGE, np.concatenate([first, first]), starts, np.array([50 * PAGE, 51 * PAGE]))[1]
+    assert not find_lasting_groups(shape, PAGE, np.concatenate([first, second]), starts, np.array([30 * PAGE, 51 * PAGE]))[1]
+    assert not find_lasting_groups(shape, PAGE, np.concatenate([first, second + 5000]), starts, np.array([PAGE, 51 * PAGE]))[1]
+    assert find_lasting_groups(shape, PAGE, np.concatenate([first, second + 5000]), starts, np.array([PAGE + 1, 51 * PAGE]))[1]
 
 
 @pytest.mark.parametrize("heads,groups", [(16, [64]), (16, [32, 32]), (128, [64]), (40, [64]), (16, [7, 50]), (8, [200])], ids=str)

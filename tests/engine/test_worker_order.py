@@ -19,7 +19,7 @@ def test_step_is_finished_only_after_the_device_was_waited_for(wants_token: bool
     worker.replica = SimpleNamespace(
         ready=lambda version: True,
         streaming=list,
-        batch=lambda version, sequences: None,
+        batch_rows=lambda version, sequences: None,
         finish=lambda version, sequences: done.append("finish"),
         ack=lambda: done.append("ack"),
     )
