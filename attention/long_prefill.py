@@ -247,13 +247,12 @@ class LongPrefill:
 
     def _expanded(self, plan: Plan, layer: int, q_nope: Tensor, q_pe: Tensor, w_uk: Tensor, w_uv: Tensor, out: Tensor, lse: Tensor) -> None:
         pages = self.backend.memory.layer(layer)
-        page_ids = torch.from_numpy(plan.page_ids) if plan.device is None else plan.device.page_ids
         w_k, w_v = w_uk.to(self._k.dtype).transpose(1, 2), w_uv.to(self._k.dtype)
         for row in range(plan.num_decode, plan.batch):
             length, count = int(plan.lengths[row]), int(plan.query_lens[row])
             start = int(plan.query_starts[row]) - plan.num_decode
-            pages_of, base = plan.pages_of(row), 0 if plan.device is None else plan.device.page_base
-            ids = page_ids[base + pages_of.start : base + pages_of.stop]
+            where = plan.pages_of(row)
+            ids = torch.from_numpy(plan.page_ids[where]) if plan.device is None else plan.device.pages_at(where)
             part = slice(start, start + count)
             self._attend_sequence(pages, layer, ids, length, self._joined(q_nope[part], q_pe[part]), w_k, w_v, out[part], lse[part])
 

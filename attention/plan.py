@@ -54,7 +54,7 @@ class Plan:
     query_lens    int64 [batch]       tokens of this step
     query_starts  int64 [batch]       first token of each sequence in this step's order
     page_ids      int32 [any]         page ids that lengths cover, reserved ones left out; the tables' own array if there are none. Of a plan
-                                      of rows in a resident table: that table, empty if it is on a device
+                                      of rows in a resident table: that table, empty if it is on a device (DevicePlan.pages_at)
     page_starts   int64 [batch (+ 1)] sequence b has page_ids[pages_of(b)], from page_starts[b] on
     page_size     token slots a page
     graph_batch   decode rows a captured graph was made for, padding included; None for an eager plan

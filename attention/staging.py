@@ -70,6 +70,10 @@ class DevicePlan:
     groups: tuple[PrefixGroup, ...] = ()
     page_base: int = 0  # what page_starts of the plan count from, in page_ids
 
+    def pages_at(self, where: slice) -> Tensor:
+        """Page ids of a sequence, on the device, by `pages_of` of the plan."""
+        return self.page_ids[self.page_base + where.start : self.page_base + where.stop]
+
 
 class _Packed(NamedTuple):
     """What was packed, as the device will see it; `end` bytes of the buffer."""

@@ -95,7 +95,9 @@ class Layers:
     def check(self, backend: MLABackend, plan: Plan) -> None:
         """Every slot of the sequence in every layer, prompt and generated."""
         length = int(plan.lengths[0])
-        pages = torch.from_numpy(plan.page_ids.astype(np.int64)).to(self.device)
+        table = plan.pages_of(0)
+        ids = torch.from_numpy(plan.page_ids[table]) if plan.device is None else plan.device.pages_at(table)
+        pages = ids.long().to(self.device)
         where = torch.arange(length, device=self.device)
         for layer in range(self.num_layers):
             got = backend.memory.layer(layer)[pages].flatten(0, 1)[:length]
