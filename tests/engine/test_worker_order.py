@@ -23,6 +23,7 @@ def test_step_is_finished_only_after_the_device_was_waited_for(wants_token: bool
         finish=lambda version, sequences: done.append("finish"),
         ack=lambda: done.append("ack"),
     )
+    worker.ahead = SimpleNamespace(take=lambda version, items: {})
     worker.backend = SimpleNamespace(plan=lambda tables, query_lens: None)
     worker.model = SimpleNamespace(forward=lambda *arguments: (done.append("launched"), torch.zeros(1, 8))[1])
     worker.memory = SimpleNamespace(device=torch.device("cpu"), layout=SimpleNamespace(num_layers=2))
