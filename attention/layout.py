@@ -124,7 +124,15 @@ class LatentLayout:
         """How values are stored, scales included, in one word: two memories whose words differ hold other bytes for the same latents."""
         if not self.scales:
             return self.dtype
-        return f"{self.dtype}/{hashlib.sha256(' '.join(float(scale).hex() for scale in self.scales).encode()).hexdigest()[:16]}"
+        return f"{self.dtype}-{hashlib.sha256(' '.join(float(scale).hex() for scale in self.scales).encode()).hexdigest()[:16]}"
+
+    @property
+    def converts(self) -> tuple[str, ...]:
+        """Formats of a source whose pages become pages of this layout as they are pulled, byte for byte those of a write of its latents here.
+
+        Eight bits from bfloat16, what is written into such pages anyway. Not back: the rounded values would stand in a pool among others that
+        were never rounded, and be shared as the same prefix."""
+        return (self.value_dtype,) if self.is_fp8 else ()
 
     @property
     def page_bytes(self) -> int:
@@ -133,14 +141,17 @@ class LatentLayout:
 
     @property
     def content_fingerprint(self) -> str:
-        """16 hex digits that two memories must share before a byte moves between them: all but the page size, since slots are regathered."""
+        """16 hex digits that two memories must share before a byte moves between them: all but the page size, since slots are regathered, and
+        the format, since some are converted."""
         text = (
-            f"kvmanager-content-1 kv_lora_rank={self.kv_lora_rank} qk_rope_head_dim={self.qk_rope_head_dim} num_layers={self.num_layers}"
-            f" dtype={self.format} rope_order={self.rope_order}"
+            f"kvmanager-content-2 kv_lora_rank={self.kv_lora_rank} qk_rope_head_dim={self.qk_rope_head_dim} num_layers={self.num_layers}"
+            f" rope_order={self.rope_order}"
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def fingerprint(self) -> str:
-        """What a worker joins with: the content's fingerprint, a slash, and the page size, which workers of a pool share and pools need not."""
-        return f"{self.content_fingerprint}/p{self.page_size}"
+        """What a worker joins with, as the manager reads it (kvmanager/pages/layouts.py): content, format, page size, and the formats that its
+        pages are made from on their way."""
+        converts = f"<{','.join(self.converts)}" if self.converts else ""
+        return f"{self.content_fingerprint}:{self.format}/p{self.page_size}{converts}"

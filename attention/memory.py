@@ -26,7 +26,7 @@ from kvmanager.attention.transports.choice import LOCAL, TRANSPORTS, Choice, cho
 from kvmanager.attention.transports.fields import BYTES_MAX, int_field, map_field, text_field
 from kvmanager.attention.transports.move import page_ids, plan_move
 from kvmanager.attention.transports.shm import CopyThreads, ShmTransport, drop_segment, new_segment
-from kvmanager.errors import InvalidValue, LayoutMismatch, PullFailed, TransportUnavailable, WrongState
+from kvmanager.errors import InvalidValue, LayoutMismatch, NoConversion, PullFailed, TransportUnavailable, WrongState
 
 __all__ = ["PageMemory", "PeerMemory"]
 
@@ -128,16 +128,19 @@ class PageMemory:
     def open_peer(self, export: Announcement, transport: str | None = None) -> PeerMemory:
         """Open a peer's memory for pulling, by the transport that both announce or by the one named.
 
-        The peer's pages may have another size; everything else of the layout must agree. Every field is checked first: an export
-        comes off the wire. Raises InvalidValue, LayoutMismatch, or TransportUnavailable with the reason for each transport.
+        The peer's pages may have another size, and a format that this layout `converts`: they are encoded as they are pulled. Everything
+        else of the layout must agree. Every field is checked first: an export comes off the wire. Raises InvalidValue, LayoutMismatch,
+        NoConversion, or TransportUnavailable with the reason for each transport.
         """
         self._require_open()
-        if (stored := text_field(export, "format")) != self.layout.format:  # the fingerprint says so too, but not what differs
-            raise LayoutMismatch("peer memory", self.layout.format, stored[:64])
-        content = text_field(export, "content")
+        content, stored = text_field(export, "content"), text_field(export, "format")
         if content != self.layout.content_fingerprint:
             raise LayoutMismatch("peer memory", self.layout.content_fingerprint, content[:64])
+        if stored != self.layout.format and stored not in self.layout.converts:
+            raise NoConversion("peer memory", stored[:64], self.layout.format)
         layout = dataclasses.replace(self.layout, page_size=int_field(export, "page_size"))
+        if stored != self.layout.format:
+            layout = dataclasses.replace(layout, dtype=stored, scales=())  # type: ignore[arg-type]  # one of those it converts
         num_pages, num_bytes = int_field(export, "num_pages", 1, NUM_PAGES_MAX), int_field(export, "bytes")
         if num_bytes != num_pages * layout.page_bytes:
             raise InvalidValue("bytes", f"{num_pages} pages of {layout.page_bytes} bytes", num_bytes)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["FP8_ARCH", "GROUP", "Stored", "load_latents", "view_pages"]
+__all__ = ["FP8_ARCH", "GROUP", "Stored", "divide_groups", "load_latents", "view_pages"]
 
 GROUP = 128  # values that share a scale in fp8_ds_mla
 FP8_ARCH = 89  # older architectures convert no e4m3 in Triton
@@ -33,7 +33,7 @@ class Stored(NamedTuple):
 
 
 def view_pages(pages: Tensor, rank: int, scale: float = 1.0) -> Stored:
-    """pages [num_pages, page_size, storage_width] of one layer: uint8 is fp8_ds_mla, any other dtype holds `rank` values and k_pe."""
+    """pages [num_pages, page_size, storage_width] of one layer, or [num_pages, num_layers, ...] of all: uint8 is fp8_ds_mla, any other dtype holds `rank` values and k_pe."""
     if pages.dtype != torch.uint8:
         return Stored(pages[..., :rank], pages[..., rank:], None, scale)
     scales_end = rank + 4 * (rank // GROUP)
@@ -155,3 +155,15 @@ def group_scale_bits(top):
     448 is 1.75 * 2**8: a mantissa beyond .75 carries into the exponent. 2**-13 is the floor of FlashMLA's quantiser (1e-4, rounded up)."""
     bits = (top.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000
     return tl.maximum(bits, (127 - 13 + 8) << 23) - (8 << 23)
+
+
+@triton.jit
+def divide_groups(value, BLOCK_TOKENS: tl.constexpr, BLOCK_RANK: tl.constexpr, GROUP: tl.constexpr):
+    """float32 [BLOCK_TOKENS, BLOCK_RANK] divided by the scales of its groups of GROUP, and those, [BLOCK_TOKENS, BLOCK_RANK // GROUP]."""
+    groups = tl.reshape(value, [BLOCK_TOKENS, BLOCK_RANK // GROUP, GROUP])
+    size = tl.abs(groups)
+    top = tl.max(tl.where(size <= 3.4028234e38, size, 0.0), 2)  # of the finite ones: NaN is not <= anything
+    bits = group_scale_bits(top)
+    inverse_bits = (254 << 23) - bits  # of a power of two: exact
+    groups = groups * inverse_bits.to(tl.float32, bitcast=True)[:, :, None]
+    return tl.reshape(groups, [BLOCK_TOKENS, BLOCK_RANK]), bits.to(tl.float32, bitcast=True)

@@ -21,6 +21,7 @@ __all__ = [
     "KVError",
     "LayoutMismatch",
     "ManagerUnreachable",
+    "NoConversion",
     "NotCached",
     "OutOfPages",
     "OverPinBudget",
@@ -215,6 +216,16 @@ class LayoutMismatch(KVError):
         super().__init__(f"{what}: expected layout {expected}, got {got}", what=what, expected=expected, got=got)
 
 
+class NoConversion(LayoutMismatch):
+    """The latents are the same, and stored in another format, which nobody converts from: raised where pages would have to move."""
+
+    code = "no_conversion"
+
+    def __init__(self, what: str, source: str, target: str) -> None:
+        text = f"{what}: expected a target that stores or converts {source or 'what names no format'}, got one of {target or 'no format'}"
+        KVError.__init__(self, text, what=what, expected=source, got=target)
+
+
 class TransportUnavailable(KVError):
     """No way to move pages between two workers, or not the one that was asked for. `details["reason"]` says what to install or set."""
 
@@ -339,6 +350,7 @@ _BY_CODE: dict[str, type[KVError]] = {
         PoolDrains,
         PoolNotReady,
         LayoutMismatch,
+        NoConversion,
         TransportUnavailable,
         PullFailed,
         ChecksumMismatch,

@@ -302,7 +302,7 @@ class Surface:
     def hand_off(self, sequence: int, pool: str = "", *, group: str = "", reserve: bool = False, stream: bool = False) -> int:
         """Move a sequence to another pool, or to the best one of a group; gives the handoff id. See `commands.HandOff`.
 
-        The outcome comes as a notice: resident or aborted. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, SequenceTooLarge,
+        The outcome comes as a notice: resident or aborted. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, NoConversion, SequenceTooLarge,
         PoolNotReady, PoolDrains, TooMany, OverQuota, and OutOfPages if pages are to be reserved.
         """
         return self._one("hand_off", Step(hand_off=(HandOff(sequence, pool, group, reserve, stream),)))["handoffs"][0]

@@ -166,7 +166,8 @@ class Transport(Protocol):
         ...
 
     def open(self, announced: Announcement, num_pages: int, num_bytes: int, layout: LatentLayout) -> Source:
-        """Open a peer's memory. Every field of what it announced is checked first: it comes off the wire."""
+        """Open a peer's memory, whose layout may differ in page size, and in a format that the own one `converts`. Every field of what it
+        announced is checked first: it comes off the wire."""
         ...
 
     def close(self) -> None:

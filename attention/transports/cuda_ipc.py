@@ -18,6 +18,7 @@ import torch
 from kvmanager.attention.checksum import WORD_BYTES, slot_factors, word_factors
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.transports.base import Announcement, OwnPages, Pull, PullState
+from kvmanager.attention.transports.convert import convert_from, new_staging, staged_pages
 from kvmanager.attention.transports.fields import bytes_field, int_field, text_field
 from kvmanager.attention.transports.move import Move, Runs
 from kvmanager.errors import ChecksumMismatch, InvalidValue, KVError, PullFailed, TransportUnavailable
@@ -132,8 +133,9 @@ class _CudaPull(Pull):
 
 
 class _CudaSource:
-    def __init__(self, own: OwnPages, base: int | None, address: int) -> None:
-        self._own, self._base, self._address = own, base, address
+    def __init__(self, own: OwnPages, theirs: LatentLayout, base: int | None, address: int) -> None:
+        self._own, self._theirs, self._base, self._address = own, theirs, base, address
+        self._staging: torch.Tensor | None = None  # as int64 words, if formats differ and sums are asked for
         self._device = own.pages.device
         layout = own.layout
         self._words = own.pages.view(dtype=torch.int64).view(
@@ -150,11 +152,12 @@ class _CudaSource:
         layout = self._own.layout
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             run_bytes = move.num_layers * move.source_page_size * layout.slot_bytes if move.whole else 0
-            if run_bytes >= COPY_ENGINE_RUN_BYTES:
+            if self._theirs.format != layout.format:
+                self._convert(pull, move, expected is not None)
+            elif run_bytes >= COPY_ENGINE_RUN_BYTES:
                 self._copy(move.runs(layout.num_layers, layout.slot_bytes))
             else:
-                rows = torch.from_numpy(move.segments.astype(np.int32)).pin_memory()
-                segments = rows.to(self._device, non_blocking=True)
+                (segments,) = self._send(pull, move.segments)
                 pull_pages(
                     self._address,
                     self._words,
@@ -164,8 +167,7 @@ class _CudaSource:
                     first_layer=move.first_layer,
                     end_layer=move.end_layer,
                 )
-                pull._keep = (rows, segments)
-            if expected is not None:
+            if expected is not None and pull._sums is None:
                 self._sum(pull, move)
             event = torch.cuda.Event()
             event.record(self._stream)
@@ -177,20 +179,67 @@ class _CudaSource:
         for source, target, length in zip(runs.source.tolist(), runs.target.tolist(), runs.length.tolist(), strict=True):
             driver.copy(base + target, self._address + source, length, stream)
 
+    def _convert(self, pull: _CudaPull, move: Move, summed: bool) -> None:
+        """Into pages of another format: straight from the peer's, or, where they have to be summed as they arrived, by way of a few at a time."""
+        layout, theirs, layers = self._own.layout, self._theirs, (move.first_layer, move.end_layer)
+        if not summed:
+            (segments,) = self._send(pull, move.segments)
+            convert_from(self._address, theirs.page_size, self._own.pages, layout, segments, layers)
+            return
+        count, num_words, name = staged_pages(theirs), theirs.slot_bytes // WORD_BYTES, str(self._device)
+        if self._staging is None:
+            staging = new_staging(theirs, count, self._device)
+            self._staging = staging.view(dtype=torch.int64).view(count, theirs.num_layers, theirs.page_size, num_words)
+        factors = slot_factors(theirs.num_layers, theirs.page_size, name), word_factors(num_words, name)
+        sums = []
+        for first in range(0, len(move.source_pages), count):
+            part = (move.row >= first) & (move.row < first + count)
+            there, place = move.segments[part], move.row[part] - first
+            source_page, slot, target, target_slot, slots = there.T
+            pulled, summed_rows, converted = self._send(
+                pull,
+                np.stack([source_page, slot, place, slot, slots], 1),
+                np.stack([place, slot, slots, slot], 1),
+                np.stack([place, slot, target, target_slot, slots], 1),
+            )
+            pull_pages(
+                self._address,
+                self._staging,
+                pulled,
+                source_page_size=theirs.page_size,
+                whole=False,
+                first_layer=layers[0],
+                end_layer=layers[1],
+            )
+            sums.append(sum_pages(self._staging, summed_rows, *layers, *factors))
+            convert_from(self._staging.data_ptr(), theirs.page_size, self._own.pages, layout, converted, layers)
+        if sums:
+            self._bring(pull, torch.cat(sums))
+
+    def _send(self, pull: _CudaPull, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """As int32 on the card; kept, with their pinned copies, until the pull has ended."""
+        pinned = [torch.from_numpy(np.ascontiguousarray(array, np.int32)).pin_memory() for array in arrays]
+        sent = [rows.to(self._device, non_blocking=True) for rows in pinned]
+        pull._keep = (*pull._keep, *pinned, *sent)
+        return sent
+
+    def _bring(self, pull: _CudaPull, sums: torch.Tensor) -> None:
+        pull._sums = torch.empty(sums.shape, dtype=torch.int64, pin_memory=True)
+        pull._sums.copy_(sums, non_blocking=True)
+        pull._keep = (*pull._keep, sums)
+
     def _sum(self, pull: _CudaPull, move: Move) -> None:
         layout, name = self._own.layout, str(self._device)
-        rows = torch.from_numpy(np.ascontiguousarray(move.segments[:, [2, 3, 4, 1]], np.int32)).pin_memory()
+        (rows,) = self._send(pull, move.segments[:, [2, 3, 4, 1]])
         sums = sum_pages(
             self._words,
-            rows.to(self._device, non_blocking=True),
+            rows,
             move.first_layer,
             move.end_layer,
             slot_factors(layout.num_layers, move.source_page_size, name),
             word_factors(self._words.shape[3], name),
         )
-        pull._sums = torch.empty(sums.shape, dtype=torch.int64, pin_memory=True)
-        pull._sums.copy_(sums, non_blocking=True)
-        pull._keep = (*pull._keep, rows, sums)
+        self._bring(pull, sums)
 
     def gone(self) -> None:
         """Nothing to do: the kernels read memory that stays mapped, and end by themselves."""
@@ -238,7 +287,7 @@ class CudaIpcTransport:
             torch.cuda.synchronize()
             if (handle, offset) in _OWN:
                 _let_read(device)
-                return _CudaSource(self._own, None, _OWN[handle, offset])
+                return _CudaSource(self._own, layout, None, _OWN[handle, offset])
             driver = _driver()
             base = driver.open(handle)
             first, size = ctypes.c_uint64(), ctypes.c_size_t()
@@ -246,7 +295,7 @@ class CudaIpcTransport:
             if offset + num_bytes > size.value:
                 driver.close(base)
                 raise InvalidValue("bytes", f"at most the {size.value} of the allocation, from {offset} on", num_bytes)
-        return _CudaSource(self._own, base, base + offset)
+        return _CudaSource(self._own, layout, base, base + offset)
 
     def close(self) -> None:
         _OWN.pop((self._handle, self._offset), None)

@@ -16,23 +16,25 @@ What was found out about NIXL 1.5 and holds this module together:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from kvmanager.attention.checksum import sum_target
+from kvmanager.attention.checksum import sum_segments, sum_target
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.transports.base import Announcement, OwnPages, Pull
 from kvmanager.attention.transports.choice import INSTALL
+from kvmanager.attention.transports.convert import convert_pages, new_staging, staged_pages
 from kvmanager.attention.transports.fields import bytes_field, int_field, text_field
 from kvmanager.attention.transports.move import Move, Runs
 from kvmanager.errors import ChecksumMismatch, InvalidValue, KVError, PullFailed, TransportUnavailable, WrongState
@@ -72,9 +74,9 @@ def _enter(own: OwnPages) -> None:
 
 
 class _Agent:
-    """One NIXL agent over UCX with `own` memory registered. Destroyed by `destroy`, after which no transfer of it writes anything."""
+    """One NIXL agent over UCX with `pages` registered. Destroyed by `destroy`, after which no transfer of it writes anything."""
 
-    def __init__(self, own: OwnPages) -> None:
+    def __init__(self, own: OwnPages, pages: torch.Tensor) -> None:
         nixl = self._nixl = api().nixlBind
         _enter(own)
         config = nixl.nixlAgentConfig()
@@ -85,9 +87,9 @@ class _Agent:
             options, _ = self._agent.getPluginParams("UCX")
             self._backend = self._agent.createBackend("UCX", options)
             self._kind = nixl.DRAM_SEG if own.rows is not None else nixl.VRAM_SEG
-            self._device = own.pages.device.index or 0
-            self._address = own.pages.data_ptr()
-            region = np.array([[self._address, own.pages.numel() * own.pages.element_size(), self._device]], np.uint64)
+            self._device = pages.device.index or 0
+            self._address = pages.data_ptr()
+            region = np.array([[self._address, pages.numel() * pages.element_size(), self._device]], np.uint64)
             self._agent.registerMem(nixl.nixlRegDList(self._kind, region), [self._backend])
         except Exception as error:  # noqa: BLE001 - its exceptions have no common base
             raise TransportUnavailable("nixl", f"no UCX agent: {type(error).__name__}: {error}") from None
@@ -131,25 +133,60 @@ class _Agent:
         del self._agent
 
 
+class _Piece(NamedTuple):
+    """Runs that are posted together, offsets and lengths in bytes, int64 [n]; of pages to be converted, `staged` says which slots they are:
+    [n, 5], the pages of its targets being those of half a staging buffer, and `row` which rows of the pull's move."""
+
+    source: np.ndarray
+    target: np.ndarray
+    length: np.ndarray
+    staged: np.ndarray | None = None
+    converted: np.ndarray | None = None
+    row: np.ndarray | None = None
+
+
 class _NixlPull(Pull):
     def __init__(
-        self, move: Move, own: OwnPages, expected: np.ndarray | None, on_settled: Callable[[Pull], None], wake: Callable[[], None]
+        self,
+        move: Move,
+        pieces: Iterable[_Piece],
+        expected: np.ndarray | None,
+        on_settled: Callable[[Pull], None],
+        wake: Callable[[], None],
     ):
         super().__init__("nixl", move, on_settled)
         self.expected = expected
-        self.handles: list[int] = []  # posted and not ended
+        self.sums = np.zeros(len(move.source_pages), np.uint64)  # of what was converted
+        self.pieces = deque(pieces)
+        self.posted: list[tuple[int, _Piece, int]] = []  # and not ended: handle, piece, half of the staging buffer
         self.cancelled_at = 0.0
         self._wake = wake
-        runs = _cut(move.runs(own.layout.num_layers, own.layout.slot_bytes), PIECE_BYTES)
-        bounds = np.cumsum(runs[2])
-        starts = [0, *(np.flatnonzero(np.diff((bounds - 1) // PIECE_BYTES)) + 1).tolist()] if len(bounds) else []
-        self.pieces = deque(
-            tuple(column[low:high] for column in runs) for low, high in zip(starts, [*starts[1:], len(bounds)], strict=True)
-        )
 
     def _ask_to_end(self) -> None:
         self.cancelled_at = time.monotonic()
         self._wake()
+
+
+def _pieces(move: Move, layout: LatentLayout) -> list[_Piece]:
+    """A move as runs of at most PIECE_BYTES together."""
+    runs = _cut(move.runs(layout.num_layers, layout.slot_bytes), PIECE_BYTES)
+    bounds = np.cumsum(runs[2])
+    starts = [0, *(np.flatnonzero(np.diff((bounds - 1) // PIECE_BYTES)) + 1).tolist()] if len(bounds) else []
+    return [_Piece(*(column[low:high] for column in runs)) for low, high in zip(starts, [*starts[1:], len(bounds)], strict=True)]
+
+
+def _staged_pieces(move: Move, theirs: LatentLayout, pages: int) -> list[_Piece]:
+    """A move as pieces of at most so many source pages, each read into pages of its own size."""
+    pieces = []
+    for first in range(0, len(move.source_pages), pages):
+        part = (move.row >= first) & (move.row < first + pages)
+        row, segments = move.row[part], move.segments[part]
+        staged, converted = segments.copy(), segments.copy()
+        staged[:, 2], staged[:, 3], converted[:, 0] = row - first, segments[:, 1], row - first
+        into = dataclasses.replace(move, segments=staged, row=row, target_page_size=move.source_page_size)
+        runs = into.runs(theirs.num_layers, theirs.slot_bytes)
+        pieces.append(_Piece(runs.source, runs.target, runs.length, staged, converted, row))
+    return pieces
 
 
 def _cut(runs: Runs, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,9 +202,16 @@ def _cut(runs: Runs, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class _NixlSource:
     """One peer's memory. A thread posts and watches transfers; it exists while there are any, and alone touches the agent."""
 
-    def __init__(self, own: OwnPages, metadata: bytes, address: int, device: int) -> None:
-        self._own, self._metadata, self._address, self._device = own, metadata, address, device
+    def __init__(self, own: OwnPages, theirs: LatentLayout, metadata: bytes, address: int, device: int) -> None:
+        self._own, self._theirs, self._metadata, self._address, self._device = own, theirs, metadata, address, device
         self._agent: _Agent | None = None
+        # Pages of another format are read into halves of this buffer, and converted from there: a late write lands in no page at all.
+        self._half = 0  # pages of one half, 0 if nothing is to be converted
+        self._into = own.pages
+        if theirs.format != own.layout.format:
+            self._half = max(1, min(staged_pages(theirs), PIECES_MAX * PIECE_BYTES // theirs.page_bytes) // PIECES_MAX)
+            self._into = new_staging(theirs, PIECES_MAX * self._half, own.pages.device)
+        self._free = list(range(PIECES_MAX))
         self._connect()
         self._pulls: list[_NixlPull] = []
         self._wake = threading.Condition()
@@ -177,13 +221,14 @@ class _NixlSource:
 
     def _connect(self) -> _Agent:
         if self._agent is None:
-            agent = _Agent(self._own)
+            agent = _Agent(self._own, self._into)
             agent.load(self._metadata)
             self._agent = agent
         return self._agent
 
     def begin(self, move: Move, expected: np.ndarray | None, on_settled: Callable[[Pull], None]) -> Pull:
-        pull = _NixlPull(move, self._own, expected, on_settled, self._notify)
+        pieces = _staged_pieces(move, self._theirs, self._half) if self._half else _pieces(move, self._own.layout)
+        pull = _NixlPull(move, pieces, expected, on_settled, self._notify)
         if not pull.pieces:
             pull._settle()
             return pull
@@ -245,7 +290,7 @@ class _NixlSource:
                 self._destroy(f"{type(error).__name__}: {error}")
                 continue
             now = time.monotonic()
-            if any(pull.handles and pull.cancelled and now - pull.cancelled_at > GRACE_S for pull in pulls):
+            if any(pull.posted and pull.cancelled and now - pull.cancelled_at > GRACE_S for pull in pulls):
                 self._destroy("a cancelled pull from the same peer did not end: the agent was destroyed")
                 continue
             pause = _PAUSE_S[0] if moved else min(2 * pause, _PAUSE_S[1])
@@ -266,27 +311,47 @@ class _NixlSource:
         agent = self._connect()
         moved = False
         for pull in pulls:
-            left = [handle for handle in pull.handles if not agent.ended(handle)]
-            moved |= len(left) < len(pull.handles)
-            pull.handles = left
-        under_way = sum(len(pull.handles) for pull in pulls)
+            for each in [each for each in pull.posted if agent.ended(each[0])]:
+                pull.posted.remove(each)
+                moved = True
+                self._arrived(pull, each[1], each[2])
+        under_way = sum(len(pull.posted) for pull in pulls)
         for pull in pulls:
             if pull.cancelled:
                 pull.pieces.clear()
             while pull.pieces and under_way < PIECES_MAX:
-                source, target, length = pull.pieces.popleft()
-                pull.handles.append(agent.read(self._address, self._device, source, target, length))
+                piece, half = pull.pieces.popleft(), self._free.pop()
+                target = piece.target + half * self._half * self._theirs.page_bytes
+                pull.posted.append((agent.read(self._address, self._device, piece.source, target, piece.length), piece, half))
                 under_way += 1
                 moved = True
-            if not pull.handles and not pull.pieces:
+            if not pull.posted and not pull.pieces:
                 self._settle(pull, None if pull.cancelled else self._check(pull))
                 moved = True
         return moved
 
+    def _arrived(self, pull: _NixlPull, piece: _Piece, half: int) -> None:
+        """A piece has ended: convert it, if it is in the staging buffer, unless nobody wants it any more."""
+        self._free.append(half)
+        if piece.staged is None or piece.converted is None or piece.row is None or pull.cancelled:
+            return
+        theirs, own = self._theirs, self._own
+        layers = pull.move.first_layer, pull.move.end_layer
+        pages = self._into[half * self._half : (half + 1) * self._half]
+        if pull.expected is not None:
+            np.add.at(pull.sums, piece.row, sum_segments(pages, theirs, piece.staged[:, [2, 3, 4, 1]], layers, theirs.page_size))
+        if own.rows is not None:
+            convert_pages(pages, theirs.page_size, own.pages, own.layout, piece.converted, layers)
+            return
+        with torch.cuda.stream(torch.cuda.Stream(own.pages.device)):
+            segments = torch.from_numpy(piece.converted.astype(np.int32)).to(own.pages.device)
+            convert_pages(pages, theirs.page_size, own.pages, own.layout, segments, layers)
+            torch.cuda.current_stream().synchronize()  # the half is written into again, and the pull may end, once this returns
+
     def _check(self, pull: _NixlPull) -> KVError | None:
         if pull.expected is None:
             return None
-        sums = sum_target(self._own.pages, self._own.layout, pull.move)
+        sums = pull.sums if self._half else sum_target(self._own.pages, self._own.layout, pull.move)
         wrong = np.flatnonzero(sums != pull.expected)
         if not len(wrong):
             return None
@@ -304,9 +369,10 @@ class _NixlSource:
         with self._wake:
             pulls = list(self._pulls)
         if agent is not None:
-            agent.destroy([handle for pull in pulls for handle in pull.handles])
+            agent.destroy([handle for pull in pulls for handle, _, _ in pull.posted])
+        self._free = list(range(PIECES_MAX))
         for pull in pulls:
-            pull.handles.clear()
+            pull.posted.clear()
             self._settle(pull, PullFailed("nixl", why))
 
 
@@ -317,7 +383,7 @@ class NixlTransport:
 
     def __init__(self, own: OwnPages) -> None:
         self._own = own
-        self._serving = _Agent(own)
+        self._serving = _Agent(own, own.pages)
         self._metadata = self._serving.metadata()
         if len(self._metadata) > METADATA_BYTES_MAX:
             why = f"its metadata takes {len(self._metadata)} bytes, more than {METADATA_BYTES_MAX}: name fewer devices in UCX_NET_DEVICES"
@@ -337,7 +403,7 @@ class NixlTransport:
         digest = sha256(metadata).hexdigest()[:16]
         if text_field(announced, "digest") != digest:  # a mutated blob can abort this process
             raise InvalidValue("metadata", "bytes that have the announced digest", digest)
-        return _NixlSource(self._own, metadata, address, device)
+        return _NixlSource(self._own, layout, metadata, address, device)
 
     def close(self) -> None:
         self._serving.destroy([])

@@ -17,10 +17,12 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 
 import numpy as np
+import torch
 
-from kvmanager.attention.checksum import sum_target
+from kvmanager.attention.checksum import sum_segments, sum_target
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.transports.base import Announcement, OwnPages, Pull
+from kvmanager.attention.transports.convert import convert_pages, new_staging
 from kvmanager.attention.transports.fields import text_field
 from kvmanager.attention.transports.move import Move
 from kvmanager.errors import ChecksumMismatch, InvalidValue, KVError, PullFailed, WrongState
@@ -126,9 +128,8 @@ class _ShmPull(Pull):
     def _copy(self, stretch: slice) -> None:
         try:
             if not self.cancelled and self._failed is None:
-                self._source.copy(self.move, stretch)
-                if self._expected is not None:
-                    sums = sum_target(self._source.own.pages, self._source.own.layout, self.move, stretch)
+                sums = self._source.copy(self.move, stretch, self._expected is not None)
+                if sums is not None:
                     with self._count:
                         self._sums += sums
         except Exception as error:  # noqa: BLE001 - a thread has nobody else to tell
@@ -153,11 +154,12 @@ class _ShmSource:
     def __init__(self, own: OwnPages, mapped: mmap.mmap, num_pages: int, layout: LatentLayout, threads: CopyThreads) -> None:
         self.own = own
         self._threads = threads
+        self._layout = layout
         self._bytes = np.frombuffer(mapped, np.uint8).reshape(num_pages, layout.num_layers, layout.page_size * layout.slot_bytes)
         self._pulls: dict[int, Pull] = {}
 
     def begin(self, move: Move, expected: np.ndarray | None, on_settled: Callable[[Pull], None]) -> Pull:
-        slot_bytes = self.own.layout.slot_bytes
+        slot_bytes = self._layout.slot_bytes
         ends = np.cumsum(move.segments[:, 4]) * (move.num_layers * slot_bytes) // STRETCH_BYTES
         cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(ends)]
         stretches = [slice(low, high) for low, high in itertools.pairwise(cuts) if low < high]
@@ -176,8 +178,32 @@ class _ShmSource:
 
         return settled
 
-    def copy(self, move: Move, stretch: slice) -> None:
-        """Copy some segments; numpy lets go of the interpreter meanwhile, and copies whole pages as one run."""
+    def copy(self, move: Move, stretch: slice, summed: bool) -> np.ndarray | None:
+        """Copy some segments, and give the sums of what came, uint64 [rows of the move], if they are wanted."""
+        if self._layout.format != self.own.layout.format:
+            return self._convert(move, stretch, summed)
+        self._copy(move, stretch)
+        return sum_target(self.own.pages, self.own.layout, move, stretch) if summed else None
+
+    def _convert(self, move: Move, stretch: slice, summed: bool) -> np.ndarray | None:
+        """The same into pages of another format, by way of one page of the source's."""
+        layout, size, layers = self._layout, self._layout.slot_bytes, (move.first_layer, move.end_layer)
+        staged = new_staging(layout, 1, torch.device("cpu"))
+        rows = staged.view(torch.uint8).numpy().reshape(layout.num_layers, -1)
+        sums = np.zeros(len(move.source_pages), np.uint64)
+        for row, segment in zip(move.row[stretch].tolist(), move.segments[stretch], strict=True):
+            page, slot, target, target_slot, slots = segment.tolist()
+            place = slice(*layers), slice(slot * size, (slot + slots) * size)
+            rows[place] = self._bytes[page][place]
+            if summed:
+                came = sum_segments(staged, layout, np.array([[0, slot, slots, slot]]), layers, layout.page_size)
+                np.add.at(sums, [row], came)
+            place_in = np.array([[0, slot, target, target_slot, slots]])
+            convert_pages(staged, layout.page_size, self.own.pages, self.own.layout, place_in, layers)
+        return sums if summed else None
+
+    def _copy(self, move: Move, stretch: slice) -> None:
+        """Numpy lets go of the interpreter meanwhile, and copies whole pages as one run."""
         size = self.own.layout.slot_bytes
         first, end = move.first_layer, move.end_layer
         theirs, ours = self._bytes, self.own.rows

@@ -19,7 +19,6 @@ import numpy as np
 from kvmanager.errors import (
     InvalidValue,
     KVError,
-    LayoutMismatch,
     OutOfPages,
     OverQuota,
     SequenceTooLarge,
@@ -33,7 +32,8 @@ from kvmanager.machine.admission import check_ready
 from kvmanager.machine.commands import HandOff
 from kvmanager.machine.draft import Draft
 from kvmanager.machine.state import State
-from kvmanager.pages.handoff import ANY_GROUP, Handoff, HandoffState, content_of, source_of
+from kvmanager.pages.handoff import ANY_GROUP, Handoff, HandoffState, source_of
+from kvmanager.pages.layouts import why_not
 from kvmanager.pages.pool import Pool
 from kvmanager.pages.prefix import TOKEN_BYTES, Match
 from kvmanager.pages.sequences import Sequence
@@ -50,7 +50,7 @@ REASON_MAX = 300
 
 
 def hand_off(draft: Draft, item: HandOff) -> list[Any]:
-    """[handoff id, target pool]. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, SequenceTooLarge, PoolNotReady, PoolDraining,
+    """[handoff id, target pool]. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, NoConversion, SequenceTooLarge, PoolNotReady, PoolDraining,
     TooMany; OutOfPages and OverQuota if pages are to be reserved, OverQuota too if the quota can never suffice."""
     state = draft.state
     if not draft.alive(item.sequence):
@@ -132,9 +132,9 @@ def _who_pulls(draft: Draft, handoff_id: int, source: int, target: int) -> tuple
 def _check_fits(draft: Draft, sequence: Sequence, target: Pool, reserve: bool) -> None:
     """Raises unless the sequence could ever be in that pool, and its workers are there."""
     source = draft.state.pools[sequence.pool]
-    one, other = source.layout, target.layout
-    if one and other and (one != other if source.page_size == target.page_size else content_of(one) != content_of(other)):
-        raise LayoutMismatch(f"handoff from pool {source.name} to {target.name}", one, other)
+    what = f"handoff from pool {source.name} to {target.name}"
+    if refusal := why_not(what, source.layout, target.layout, source.page_size == target.page_size):
+        raise refusal
     total = _total(draft, sequence, target, reserve)
     if total > target.num_pages:
         raise SequenceTooLarge(target.name, total, target.num_pages)

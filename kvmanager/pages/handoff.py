@@ -25,7 +25,7 @@ from enum import IntEnum
 
 from kvmanager.pages.prefix import Node
 
-__all__ = ["ANY_GROUP", "Handoff", "HandoffState", "Handoffs", "content_of", "source_of"]
+__all__ = ["ANY_GROUP", "Handoff", "HandoffState", "Handoffs", "source_of"]
 
 ANY_GROUP = "*"  # a handoff to whichever pool of whatever group
 
@@ -36,11 +36,6 @@ class HandoffState(IntEnum):
     RESERVING = 3
     MOVING = 4
     ABORTED = 5
-
-
-def content_of(layout: str) -> str:
-    """What must agree between pools before a byte moves: the layout's text up to a slash. Behind it stands what may differ, as page sizes."""
-    return layout.split("/", 1)[0]
 
 
 def source_of(rank: int, targets: int, sources: int, turn: int) -> int:

@@ -30,7 +30,7 @@ from kvmanager.simulator import operations  # noqa: F401 - for what they registe
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.questions import check_answer
-from kvmanager.simulator.pools import draw_pool, draw_sizes, layout_of
+from kvmanager.simulator.pools import draw_formats, draw_pool, draw_sizes, layout_of
 from kvmanager.simulator.registry import ACTIONS, DRAWS, HEALERS
 from kvmanager.simulator.replies import check_refusals, check_reply
 
@@ -47,9 +47,9 @@ class Driver:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
         self.seed = seed
-        sizes = draw_sizes(rng)
+        sizes, formats = draw_sizes(rng), draw_formats(seed)
         pools = tuple(
-            draw_pool(rng, name, sizes, rng.randint(5, 12), workers=rng.choice((1, 2)), partial_match=rng.choice((0, 0, 1, 5)))
+            draw_pool(rng, name, sizes, rng.randint(5, 12), formats, workers=rng.choice((1, 2)), partial_match=rng.choice((0, 0, 1, 5)))
             for name in ("A", "B", "C")[: rng.choice((2, 2, 3))]
         )
         self.config = ManagerConfig(

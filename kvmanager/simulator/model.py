@@ -18,17 +18,19 @@ from kvmanager.machine.batch import EventBatch
 from kvmanager.machine.state import State
 from kvmanager.simulator import books
 from kvmanager.simulator.books import Broken, Chore, Move, Pull, Stamps, Text, Turn, Work, Worker, demand
+from kvmanager.simulator.pools import CONVERTED, format_of
 from kvmanager.simulator.registry import FOLLOWERS
 
 __all__ = ["Model"]
 
-_KEPT = ("config", "sizes", "stamps", "memories", "seen", "replaying")
+_KEPT = ("config", "sizes", "formats", "stamps", "memories", "seen", "replaying")
 
 
 class Model:
     def __init__(self, config: ManagerConfig) -> None:
         self.config = config
         self.sizes = [pool.page_size for pool in config.pools]  # slots of a page of each pool
+        self.formats = [format_of(pool) for pool in config.pools]
         self.stamps = Stamps()
         self.texts: dict[int, Text] = {}
         self.moves: dict[int, Move] = {}
@@ -96,6 +98,11 @@ class Model:
     def pages_of(self, pool: int, tokens: int) -> int:
         """How many the pool needs for so many tokens."""
         return -(-tokens // self.sizes[pool])
+
+    def may_move(self, source: int, target: int) -> bool:
+        """Whether pages of one pool can become pages of the other."""
+        pair = self.formats[source], self.formats[target]
+        return pair[0] == pair[1] or pair == CONVERTED
 
     def pages_in(self, text: Text, pool: int) -> int:
         """How many it needs for a sequence that comes from another pool, with what that has reserved."""

@@ -13,7 +13,7 @@ from kvmanager.simulator.registry import REFUSALS
 
 __all__ = ["check_refusals", "check_reply"]
 
-DETERMINED = ("unknown", "wrong_state", "sequence_too_large", "too_many", "pool_not_ready", "pool_draining")
+DETERMINED = ("no_conversion", "unknown", "wrong_state", "sequence_too_large", "too_many", "pool_not_ready", "pool_draining")
 
 
 def check_reply(model: Model, turn: Turn) -> None:
@@ -101,6 +101,8 @@ class _Expected:
                 code = "wrong_state"
             elif target and names[model.texts[sequence].pool] == target:
                 code = "invalid_value"
+            elif target and not asked.reserve and not model.may_move(model.texts[sequence].pool, names.index(target)):
+                code = "no_conversion"
             elif (
                 sequence in self.cut or asked.group or asked.reserve
             ):  # how many pages that needs and which pools have them is not known here

@@ -26,7 +26,7 @@ from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.faults import FAULTS, Faults
 from kvmanager.simulator.host import Host
 from kvmanager.simulator.model import Model
-from kvmanager.simulator.pools import draw_pool, draw_sizes
+from kvmanager.simulator.pools import draw_formats, draw_pool, draw_sizes
 from kvmanager.simulator.seat import Seat, draw_documents
 from kvmanager.simulator.watch import Watch
 from kvmanager.simulator.world import Network, World
@@ -48,7 +48,7 @@ class System:
         self.world = World(seed, Faults(seed, faults))
         self.rng = rng = self.world.rng
         self.network = Network(self.world)
-        self.config = draw_config(rng)
+        self.config = draw_config(rng, seed)
         self.model = Model(self.config)
         self.watch = Watch(self.model)
         self.host = Host(self.world, self.network, self.config, self.watch, self._saw)
@@ -249,11 +249,13 @@ class System:
         return history.hexdigest()
 
 
-def draw_config(rng: random.Random) -> ManagerConfig:
+def draw_config(rng: random.Random, seed: int) -> ManagerConfig:
     """Few pages, so that pools are nearly full all the time; sometimes one that is larger."""
-    sizes = draw_sizes(rng)
+    sizes, formats = draw_sizes(rng), draw_formats(seed)
     pools = tuple(
-        draw_pool(rng, name, sizes, rng.choice((5, 8, 12, 12, 40)), workers=rng.choice((1, 1, 2)), partial_match=rng.choice((0, 0, 1, 5)))
+        draw_pool(
+            rng, name, sizes, rng.choice((5, 8, 12, 12, 40)), formats, workers=rng.choice((1, 1, 2)), partial_match=rng.choice((0, 0, 1, 5))
+        )
         for name in ("A", "B", "C")[: rng.choice((1, 2, 2, 3))]
     )
     return ManagerConfig(

@@ -6,6 +6,7 @@ import pytest
 
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.errors import InvalidValue
+from kvmanager.pages.layouts import LayoutText
 
 
 def test_sizes_of_deepseek_v3() -> None:
@@ -45,8 +46,9 @@ def test_fingerprint_changes_with_every_field() -> None:
         )
     ]
     assert len({layout.fingerprint for layout in [base, *others]}) == 7
-    assert len({layout.content_fingerprint for layout in [base, *others]}) == 6  # pages of another size hold the same slots
-    assert base.fingerprint == "aed7e623972d9e63/p64"  # golden: peers of other versions compare it
+    # Pages of another size hold the same slots, and another format the same latents.
+    assert len({layout.content_fingerprint for layout in [base, *others]}) == 5
+    assert base.fingerprint == "a37815e2d560fdec:bfloat16/p64"  # golden: peers of other versions compare it
 
 
 def test_sizes_of_the_eight_bit_formats() -> None:
@@ -86,6 +88,17 @@ def test_fingerprint_knows_the_format_and_each_scale() -> None:
     fp8 = [dataclasses.replace(base, dtype="float8_e4m3fn", scales=scales) for scales in ((1.0,), (0.5,), (1.0, 0.5), (0.5, 1.0))]
     layouts = [base, dataclasses.replace(base, dtype="fp8_ds_mla"), *fp8]
     assert len({layout.fingerprint for layout in layouts}) == len({layout.format for layout in layouts}) == 6
+
+
+def test_what_workers_join_with_says_what_their_pages_are_made_from() -> None:
+    """And fits what a command carries: 64 characters, for the longest there is."""
+    base = LatentLayout(512, 64, 2, 128)
+    content = base.content_fingerprint
+    e4m3 = dataclasses.replace(base, dtype="float8_e4m3fn", scales=(1.0, 0.5))
+    assert LayoutText.of(base.fingerprint) == (content, "bfloat16", "p128", ())
+    assert LayoutText.of(e4m3.fingerprint) == (content, e4m3.format, "p128", ("bfloat16",))
+    assert dataclasses.replace(base, dtype="fp8_ds_mla").fingerprint == f"{content}:fp8_ds_mla/p128<bfloat16"
+    assert len(e4m3.fingerprint) <= 64
 
 
 def test_layout_costs_no_torch() -> None:

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from kvmanager.config import ManagerConfig, PoolConfig
-from kvmanager.errors import LayoutMismatch, OutOfPages, OverQuota, PoolDrains, PoolNotReady, SequenceTooLarge, Unknown, WrongState
+from kvmanager.errors import (
+    LayoutMismatch,
+    NoConversion,
+    OutOfPages,
+    OverQuota,
+    PoolDrains,
+    PoolNotReady,
+    SequenceTooLarge,
+    Unknown,
+    WrongState,
+)
 from kvmanager.machine.commands import HandOff
 from tests.control.conftest import Rig, tokens
 from tests.control.test_handoff import all_home, pulled
@@ -396,3 +406,64 @@ def test_contents_must_agree_where_page_sizes_do_not(make_rig: MakeRig) -> None:
     pulled(rig, rig.kv.hand_off(opened, "B"))
     with pytest.raises(LayoutMismatch):
         rig.kv.hand_off(opened, "C")
+
+
+BF16, FP8 = "v3:bf16/p16", "v3:fp8/p16<bf16,fp16"
+
+
+def test_a_pool_whose_workers_convert_takes_what_is_stored_otherwise(make_rig: MakeRig) -> None:
+    """From sixteen bits to eight, into pages of another size too, and on from there; what has come is shared like anything else."""
+    made = (PoolConfig("A", 16, 16, layout=BF16), PoolConfig("B", 20, 16, layout=FP8), PoolConfig("C", 4, 64, layout="v3:fp8/p64<bf16"))
+    rig = make_rig(ManagerConfig(pools=made, lease_ms=60_000))
+    opened = rig.prefilled(tokens(100), "A").sequence
+    pulled(rig, rig.kv.hand_off(opened, "B"))
+    assert len(rig.table(opened)) == 7
+    other = rig.prefilled(tokens(90, 500), "A").sequence
+    pulled(rig, rig.kv.hand_off(other, "C"), "C")
+    assert len(rig.table(other)) == 2
+    pulled(rig, rig.kv.hand_off(other, "B"))  # the same eight bits in pages of another size
+    assert [rig.kv.open(tokens(100), "B").cached_tokens, rig.kv.open(tokens(90, 500), "B").cached_tokens] == [96, 80]
+
+
+def test_formats_that_nobody_converts_are_refused_by_name(make_rig: MakeRig) -> None:
+    made = (PoolConfig("A", 8, 16, layout=FP8), PoolConfig("B", 8, 16, layout=BF16), PoolConfig("C", 8, 64, layout="v3:bf16/p64"))
+    rig = make_rig(ManagerConfig(pools=made, lease_ms=60_000))
+    opened = rig.prefilled(tokens(30), "A").sequence
+    for target in ("B", "C"):
+        with pytest.raises(
+            NoConversion, match=f"^handoff from pool A to {target}: expected a target that stores or converts fp8, got one of bf16"
+        ):
+            rig.kv.hand_off(opened, target)
+    with pytest.raises(NoConversion) as caught:
+        rig.kv.hand_off(opened, group="*")
+    assert caught.value.code == "no_conversion" and isinstance(caught.value, LayoutMismatch)
+    assert (caught.value.details["expected"], caught.value.details["got"]) == ("fp8", "bf16")
+    assert not rig.state.handoffs
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"), [("v2:fp8/p16<bf16", LayoutMismatch), ("v3:fp8/p16-x<bf16", LayoutMismatch), ("v3/p16", NoConversion)]
+)
+def test_conversion_is_of_the_same_latents_in_pages_of_a_kind(make_rig: MakeRig, layout: str, expected: type) -> None:
+    """Other latents, something else that differs at one page size, a layout that names no format: not by conversion either."""
+    made = (PoolConfig("A", 8, 16, layout=BF16), PoolConfig("B", 8, 16, layout=layout))
+    rig = make_rig(ManagerConfig(pools=made, lease_ms=60_000))
+    opened = rig.prefilled(tokens(30), "A").sequence
+    with pytest.raises(LayoutMismatch) as caught:
+        rig.kv.hand_off(opened, "B")
+    assert type(caught.value) is expected
+
+
+def test_a_group_s_pool_that_cannot_convert_is_passed_over(make_rig: MakeRig) -> None:
+    """The better one by load is not chosen, and not when a handoff begins anew either."""
+    made = (
+        PoolConfig("P", 8, 16, layout=BF16),
+        *(PoolConfig(f"D{n}", 8, 16, group="decode", layout=layout) for n, layout in enumerate(("v3:fp16/p16", FP8, "v3:fp16/p16"))),
+    )
+    rig = make_rig(ManagerConfig(pools=made, lease_ms=60_000))
+    rig.prefilled(tokens(60, 300), "D1")
+    opened = rig.prefilled(tokens(30), "P").sequence
+    handoff = rig.kv.hand_off(opened, group="decode")
+    assert rig.state.handoffs[handoff].target == rig.state.pool("D1").index
+    rig.die(rig.workers["D1"][0])
+    assert not any(each.state.name != "ABORTED" for each in rig.state.handoffs.values())

@@ -35,7 +35,7 @@ def test_the_days_were_eventful() -> None:
         "HandoffPulled HandoffResident HandoffAborted HandoffEnded HandoffReserved HandoffFailed moving_reserved aborted_reserved "
         "ClientAnswered SequencesTruncated SequenceForked PagesCopied "
         "PromptEnqueued PromptsDequeued PinBegun PinsEnded QuotaSet TenantFlushed flushed_pages within_a_quota "
-        "placed waited cached deduplicated moving_shared moving_regathered aborted_prefilling aborted_reserving aborted_moving"
+        "placed waited cached deduplicated moving_shared moving_regathered moving_converted aborted_prefilling aborted_reserving aborted_moving"
     )
     missing = [name for name in expected.split() if not _seen[name]]
     assert not missing, f"never happened: {missing}; seen: {_seen}"

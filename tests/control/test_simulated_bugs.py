@@ -23,6 +23,8 @@ from kvmanager.machine.draft import Draft, PoolDraft
 from kvmanager.machine.state import State
 from kvmanager.pages.handoff import HandoffState
 from kvmanager.pages.pool import Pool
+from kvmanager.simulator import system as system_module
+from kvmanager.simulator.books import PAGE
 from kvmanager.simulator.faults import FAULTS
 from kvmanager.simulator.hunt import Outcome, live
 from kvmanager.worker import replica as replica_module
@@ -219,7 +221,7 @@ def published_pages_not_swapped(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(replica_module._HANDLERS, replica_module.ev.PagesPublished, lambda self, event: None)
 
 
-# --- pages of other sizes ---------------------------------------------------------------------------------------------------------
+# --- pages of other sizes and formats ---------------------------------------------------------------------------------------------------------
 
 
 def _regather(patch: pytest.MonkeyPatch, change: Callable[[Any], dict[str, Any]]) -> None:
@@ -240,8 +242,14 @@ def last_partial_page_not_regathered(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def slots_before_a_shared_prefix_s_end_pulled_again(patch: pytest.MonkeyPatch) -> None:
-    """From the first slot of a source page that the shared prefix ends within."""
+    """From the first slot of a source page that the shared prefix ends within. Rare, so all runs draw pages of which four make one."""
+    patch.setattr(system_module, "draw_sizes", lambda rng: (PAGE // 4, PAGE))
     _regather(patch, lambda pull: {"source_skip": 0})
+
+
+@plant
+def formats_that_nobody_converts_not_refused(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(handoffs_module, "why_not", lambda *args: None)
 
 
 # --- messages --------------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,21 @@
 """Pages pulled from another process's device memory, and sums of pages on the device."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from kvmanager.attention import torch_path
 from kvmanager.attention.checksum import sum_target
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.memory import PageMemory
-from kvmanager.attention.transports import cuda_ipc
+from kvmanager.attention.transports import convert, cuda_ipc
 from kvmanager.attention.transports.base import PullState
 from kvmanager.attention.transports.move import plan_move
 from kvmanager.errors import ChecksumMismatch, InvalidValue
+from kvmanager.kernels.latent_formats import view_pages
+from kvmanager.kernels.latent_write import write_quantised
 from kvmanager.tables import div_ceil
 from tests.attention.owner import as_bytes, content, owning
 
@@ -46,6 +51,63 @@ def test_pull_over_cuda_ipc_brings_exactly_the_slots_asked_for(card: str, theirs
             moved(source, want, src, dst, tokens, skips, layers)
         assert [pull.wait(30) for pull in pulls] == [PullState.DONE] * 4
         assert torch.equal(as_bytes(memory).cpu(), want)
+        pages = range(theirs // ours) if ours < theirs else [0]
+        wrong = memory.begin_pull(peer, [0], pages, tokens=theirs, expected=np.ones(1, np.uint64))
+        assert wrong.wait(30) is PullState.FAILED
+        with pytest.raises(ChecksumMismatch):
+            wrong.result()
+        memory.close()
+
+
+FP8 = {
+    "e4m3": LatentLayout(48, 16, 3, 64, "float8_e4m3fn", scales=(0.07,)),
+    "e4m3-by-layer": LatentLayout(512, 64, 3, 64, "float8_e4m3fn", scales=(0.5, 3.0, 0.013)),
+    "ds-mla": LatentLayout(512, 64, 3, 64, "fp8_ds_mla"),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(("theirs", "ours"), [(64, 64), (64, 16), (16, 64)])
+@pytest.mark.parametrize("name", FP8)
+def test_pages_converted_on_their_way_are_those_of_a_direct_write(
+    card: str, name: str, theirs: int, ours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 of another process in eight bits here, straight off its card or, where sums are asked for, by way of two staged pages; random bytes, so
+    NaN and infinities too. Compared with `write_quantised` of the same latents, and with the CPU's bytes where all are finite."""
+    monkeypatch.setattr(convert, "STAGING_BYTES", 1)
+    layout = dataclasses.replace(FP8[name], page_size=ours)
+    source_layout = dataclasses.replace(layout, page_size=theirs, dtype="bfloat16", scales=())
+    with owning(source_layout, 40, device="cuda:0") as owner:
+        memory = PageMemory(layout, 60, card)
+        as_bytes(memory).fill_(0xEE)
+        want = memory.pages.view(torch.uint8).clone().view(memory.pages.dtype)
+        peer = memory.open_peer(owner.export)
+        assert (peer.choice.transport, peer.layout.format) == ("cuda_ipc", "bfloat16")
+        source = content(source_layout, 40, 7).view(torch.bfloat16)
+        rng = np.random.default_rng(3)
+        free, pulls, finite = rng.permutation(60), [], 0
+        for tokens, skips, layers in ((150, (0, 0), (0, 3)), (97, (5, 9), (1, 2)), (1, (15, 15), (0, 1)), (192, (0, 0), (1, 3))):
+            counts = [div_ceil(skip + tokens, size) for skip, size in zip(skips, (theirs, ours), strict=True)]
+            src, dst, free = rng.permutation(40)[: counts[0]], free[: counts[1]], free[counts[1] :]
+            sums = owner.sums(src, tokens, layers) if skips[0] == 0 else None
+            options = {"tokens": tokens, "source_skip": skips[0], "target_skip": skips[1], "layers": layers, "expected": sums}
+            pulls.append(memory.begin_pull(peer, src, dst, **options))  # type: ignore[arg-type]
+            place = np.arange(skips[0], skips[0] + tokens)
+            latents = source[torch.from_numpy(src[place // theirs]), :, torch.from_numpy(place % theirs)]
+            place = np.arange(skips[1], skips[1] + tokens)
+            slots = torch.from_numpy(dst[place // ours] * ours + place % ours)
+            for layer in range(*layers):
+                rows, scale = latents[:, layer].to(card), layout.scale_of(layer)
+                with torch.cuda.device(card):
+                    write_quantised(rows, slots.to(card), view_pages(want[:, layer], layout.kv_lora_rank, scale))
+                plain = torch_path.encode(latents[:, layer], want.dtype, scale).view(torch.uint8)
+                fine = torch.isfinite(latents[:, layer].float()).all(1)
+                written = want[:, layer].flatten(0, 1).view(torch.uint8)[slots.to(card)].cpu()
+                assert torch.equal(written[fine], plain[fine])
+                finite += int(fine.sum())
+        assert [pull.wait(30) for pull in pulls] == [PullState.DONE] * 4
+        assert torch.equal(as_bytes(memory), want.view(torch.uint8).view(as_bytes(memory).shape))
+        assert finite > 0
         pages = range(theirs // ours) if ours < theirs else [0]
         wrong = memory.begin_pull(peer, [0], pages, tokens=theirs, expected=np.ones(1, np.uint64))
         assert wrong.wait(30) is PullState.FAILED

@@ -38,7 +38,7 @@ from kvmanager.kernels import latent_write, mla_decode, mla_decode_hopper, mla_d
 from kvmanager.kernels.latent_formats import Stored, view_pages
 from kvmanager.kernels.page_checksum import sum_pages
 from kvmanager.kernels.page_copy import copy_pages
-from kvmanager.kernels.page_pull import pull_pages
+from kvmanager.kernels.page_pull import convert_pages, pull_pages
 from kvmanager.kernels.state_merge import merge_pair, merge_states
 
 ARCH = 90
@@ -230,6 +230,10 @@ def move(everything: bool) -> Launches:
     for whole in (True, False):
         arguments = {"source_page_size": 64, "whole": whole, "first_layer": 0, "end_layer": 2}
         yield f"pull{' whole' if whole else ''}", lambda a=arguments: pull_pages(words.data_ptr(), words, segments, **a)  # type: ignore[misc]
+    inverse, sizes = torch.ones(2), {"source_page_size": 64, "first_layer": 0, "end_layer": 2}
+    for width, dtype in ((656, torch.uint8), (576, torch.float8_e4m3fn)):
+        stored = view_pages(torch.zeros((NUM_PAGES, 2, 64, width), dtype=torch.uint8).view(dtype), 512)
+        yield f"convert to {width} bytes", lambda a=stored: convert_pages(words.data_ptr(), a, inverse, segments, **sizes)  # type: ignore[misc]
 
 
 def plan(everything: bool) -> Launches:

@@ -53,6 +53,7 @@ FAMILIES = {
     "checksum": 1,
     "pull": 2,
     "plan": 2,
+    "convert": 2,
 }
 
 

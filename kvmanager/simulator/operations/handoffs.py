@@ -81,6 +81,7 @@ def begun(model: Model, event: ev.HandoffBegun, turn: Turn) -> None:
     text, what = model.texts[event.sequence], f"handoff {event.handoff}"
     demand(not text.handoff, f"sequence {event.sequence} in two handoffs")
     demand(event.target != text.pool, f"{what}: from pool {text.pool} to itself")
+    demand(model.may_move(text.pool, event.target), f"{what}: from pool {text.pool} to {event.target}, whose workers do not convert it")
     demand(event.target not in event.tried, f"{what}: to pool {event.target}, which has failed it before")
     demand(event.target not in model.draining, f"{what}: into pool {event.target}, which is being emptied")
     if event.cause == "drain":
@@ -195,6 +196,7 @@ def moving(model: Model, event: ev.HandoffMoving, turn: Turn) -> None:
         ]
         model.workers[puller].pulls[event.handoff] = Pull(event.handoff, move.source, model.workers[source].memory, todo, whole=list(todo))
     model.seen["moving_shared"] += bool(shared)
+    model.seen["moving_converted"] += model.formats[move.source] != model.formats[move.target]
     model.seen["moving_regathered"] += size != model.sizes[move.source]
     model.seen["moving_reserved"] += bool(kept)
     model.seen["moving_streamed"] += move.streaming
