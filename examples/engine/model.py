@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvmanager.attention import LatentLayout, MLABackend, Plan
+from kvmanager.attention import LatentLayout, LongPrefill, MLABackend, Plan
 from kvmanager.errors import InvalidValue
 from kvmanager.examples.engine.checkpoint import quiet_transformers
 
@@ -108,6 +108,8 @@ class LatentModel:
         self.num_heads: int = config.num_attention_heads
         self.kv_lora_rank: int = config.kv_lora_rank
         self.qk_rope_head_dim: int = config.qk_rope_head_dim
+        self.qk_nope_head_dim: int = config.qk_nope_head_dim
+        self.v_head_dim: int = config.v_head_dim
         # V3 lists first all first values of its pairs, then all second ones; V2 keeps pairs together. Same scores, different bytes.
         self.rope_order = "interleaved" if config.model_type == "deepseek_v2" else "half"
         self.softmax_scale = softmax_scale_of(config.qk_nope_head_dim + config.qk_rope_head_dim, config.rope_parameters)
@@ -157,6 +159,7 @@ class LatentModel:
         plan: Plan,
         on_layer: Callable[[int], None] | None = None,
         before_layer: Callable[[int], None] | None = None,
+        long_prefill: LongPrefill | None = None,
     ) -> Tensor:
         """Run one step; gives logits float32 [plan.batch, vocab] of each sequence's last token.
 
@@ -164,6 +167,7 @@ class LatentModel:
         positions  int64 [num_tokens]  position of each in its sequence, from 0; where a token is stored is the plan's business
         on_layer   called with the number of layers so far once the kernels of each are launched: on a GPU they need not have run
         before_layer  called with the number of each before its kernels are launched: it may wait for pages, or raise
+        long_prefill  attends with expanded heads where its table says that this step's rows gain by it; another order of sums
 
         Raises InvalidValue for ids or positions out of range where they come from the host; tensors on a GPU are taken as they are.
         """
@@ -177,7 +181,7 @@ class LatentModel:
             attention = self.attention[number]
             if before_layer is not None:
                 before_layer(number)
-            hidden = hidden + attention(layer.input_layernorm(hidden), rotations, backend, plan, number)
+            hidden = hidden + attention(layer.input_layernorm(hidden), rotations, backend, plan, number, long_prefill)
             normed = layer.post_attention_layernorm(hidden)
             hidden = hidden + layer.mlp(normed[None])[0]  # some MLPs insist on [batch, tokens, hidden]
             if on_layer is not None:
@@ -224,9 +228,14 @@ class LatentAttention:
         self.w_uk = by_head[:, : self.nope]
         self.w_uv = by_head[:, self.nope :].transpose(1, 2)  # [heads, rank, v]
 
-    def __call__(self, hidden: Tensor, rotations: Rotations, backend: MLABackend, plan: Plan, layer: int) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, rotations: Rotations, backend: MLABackend, plan: Plan, layer: int, long_prefill: LongPrefill | None = None
+    ) -> Tensor:
         """hidden [num_tokens, hidden] to the same shape. Writes this step's latents, then attends to all of them."""
         backend.write(plan, layer, self.latent(hidden, rotations))
+        if long_prefill is not None and plan.num_prefill and long_prefill.choose(plan).kernel == "expanded":
+            out, _ = long_prefill.attend(plan, layer, *self.heads_of(hidden, rotations), self.w_uk, self.w_uv)
+            return self.module.o_proj(out.flatten(1))
         q = self.query(hidden, rotations)
         decoded, _ = backend.decode(plan, layer, q[: plan.num_decode])
         prefilled, _ = backend.prefill(plan, layer, q[plan.num_decode :])
@@ -241,11 +250,16 @@ class LatentAttention:
 
     def query(self, hidden: Tensor, rotations: Rotations) -> Tensor:
         """Absorbed queries [num_tokens, heads, rank + rope]: q_nope W_UK beside the rotated q_pe."""
+        q_nope, q_pe = self.heads_of(hidden, rotations)
+        absorbed = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
+        return torch.cat([absorbed, q_pe], dim=-1)
+
+    def heads_of(self, hidden: Tensor, rotations: Rotations) -> tuple[Tensor, Tensor]:
+        """Each head's query: q_nope [num_tokens, heads, nope], q_pe [num_tokens, heads, rope], rotated."""
         module = self.module
         projected = module.q_proj(hidden) if module.q_proj is not None else module.q_b_proj(module.q_a_layernorm(module.q_a_proj(hidden)))
         q_nope, q_pe = projected.unflatten(-1, (self.heads, self.nope + self.rope)).split([self.nope, self.rope], dim=-1)
-        absorbed = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
-        return torch.cat([absorbed, self._rotate(q_pe, tuple(part[:, None] for part in rotations))], dim=-1)
+        return q_nope, self._rotate(q_pe, tuple(part[:, None] for part in rotations))
 
     def _rotate(self, x: Tensor, rotations: Rotations) -> Tensor:
         """Turn the pairs of x [..., rope]; rotations [..., rope / 2]."""

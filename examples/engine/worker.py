@@ -19,7 +19,8 @@ import torch
 import zmq
 
 from kvmanager import BatchTables, Follower, KVClient, Replica
-from kvmanager.attention import MLABackend, PageMemory, PeerMemory
+from kvmanager.attention import LongPrefill, MLABackend, PageMemory, PeerMemory
+from kvmanager.attention.choice import choose_library, choose_prefill
 from kvmanager.attention.transports.base import Pull as Transfer
 from kvmanager.attention.transports.base import PullState
 from kvmanager.errors import Fenced, KVError, PullFailed, StaleEpoch, StaleStep
@@ -59,6 +60,7 @@ class Worker:
         self.backend = MLABackend(
             self.memory, model.num_heads, model.softmax_scale, max_tokens, max_batch, max_pages=pages * max_batch, sequence_pages=pages
         )
+        self.long_prefill = long_prefill_for(model, self.backend, max_tokens)
         self.warm_up(min(max_tokens, shape["page_size"] * pages) // 2)
         # Follow first, join then: nothing that happens to this worker's pool can be missed.
         self.replica = Replica(pool)
@@ -80,6 +82,8 @@ class Worker:
 
     def warm_up(self, tokens: int) -> None:
         """Have all kernels compiled and loaded before the first request waits for them. No page holds anything yet."""
+        if self.long_prefill is not None:
+            self.long_prefill.warm_up(self.backend.limits.max_tokens)
         size = self.memory.layout.page_size
         lengths = np.array([1, max(2, tokens)], np.int32)
         counts = -(-lengths // size)
@@ -161,7 +165,8 @@ class Worker:
         plan = self.backend.plan(tables, [len(each) for each in tokens])
         positions = np.concatenate([np.arange(item[1], item[1] + len(each)) for item, each in zip(items, tokens, strict=True)])
         progress = LayerProgress(self, version, [item[0] for item in items])
-        logits: torch.Tensor = self.model.forward(np.concatenate(tokens).astype(np.int64), positions, self.backend, plan, progress.on_layer)
+        token_ids, used = np.concatenate(tokens).astype(np.int64), self.long_prefill
+        logits: torch.Tensor = self.model.forward(token_ids, positions, self.backend, plan, progress.on_layer, long_prefill=used)
         progress.wait()
         return logits
 
@@ -257,6 +262,22 @@ class Worker:
         latents = self.memory.pages[pages].transpose(0, 1).flatten(1, 2)[:, : table.length(sequence)].float().cpu()
         data = latents.numpy().astype("<f4").tobytes()
         self.channel.send({"t": "latents", "sequence": sequence, "data": data, "shape": list(latents.shape)})
+
+
+def long_prefill_for(model: LatentModel, backend: MLABackend, max_tokens: int) -> LongPrefill | None:
+    """Expanded heads for long chunks of prompts (docs/prefill.md), if a step may be long enough to gain by them. None on the CPU, where the
+    text is compared with transformers' to the bit and nothing is gained, and its workspace is not made."""
+    layout, device = backend.layout, backend.memory.device
+    if device.type != "cuda":
+        return None
+    arch = torch.cuda.get_device_capability(device)
+    nope, v = model.qk_nope_head_dim, model.v_head_dim
+    library = choose_library(layout.value_dtype, nope + layout.qk_rope_head_dim, v, arch[0] * 10 + arch[1]).kernel
+    longest = np.array([max_tokens])
+    dims = (layout.kv_lora_rank, layout.qk_rope_head_dim, nope, v)
+    if choose_prefill(backend.kernel, library, backend.num_heads, dims, longest, longest).kernel != "expanded":
+        return None
+    return LongPrefill(backend, nope, v)
 
 
 class LayerProgress:

@@ -298,9 +298,8 @@ def pages_not_held_for_workers_of_other_pools(patch: pytest.MonkeyPatch) -> None
 def handoff_that_lacked_pages_is_not_tried_again(patch: pytest.MonkeyPatch) -> None:
     honest = handoffs_module._advance
 
-    def advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: HandoffState) -> None:
-        if at is not HandoffState.RESERVING:
-            honest(draft, handoff_id, sequence_id, target, at)
+    def advance(draft: Draft, handoff_id: int, sequence_id: int, target: int, at: HandoffState, handoff: Any) -> Any:
+        return None if at is HandoffState.RESERVING else honest(draft, handoff_id, sequence_id, target, at, handoff)
 
     patch.setattr(handoffs_module, "_advance", advance)
 

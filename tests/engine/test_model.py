@@ -10,12 +10,15 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import numpy as np
 import torch
 
+from kvmanager.attention import LongPrefill, MLABackend, PageMemory
 from kvmanager.errors import InvalidValue
 from kvmanager.examples.engine.checkpoint import make_prompts
 from kvmanager.examples.engine.model import LatentModel
 from kvmanager.examples.engine.oracle import PagedSequence, Reference, SingleProcess
+from kvmanager.tables import BatchTables
 
 PAGE_SIZE = 16
 NUM_PAGES = 48
@@ -276,3 +279,24 @@ def test_demo_prompts_equal_generate(checkpoint, reference):
         assert tokens_of(process, demo, 12) == reference().generate(demo, 12)
     finally:
         process.close()
+
+
+@every_config
+def test_long_chunks_with_expanded_heads_give_the_same_text(config, checkpoint, reference, prompts):
+    """A prompt in two chunks, both long enough to gain by them, and then a token more with absorbed heads, in the same scattered pages."""
+    model = LatentModel.load(checkpoint(**config))
+    text = [int(token) for token in np.random.default_rng(9).integers(0, model.vocab_size, 330)]
+    want = reference(**config).logits(text)
+    memory = PageMemory(model.layout(PAGE_SIZE), 32)
+    memory.pages.fill_(float("nan"))
+    backend = MLABackend(memory, model.num_heads, model.softmax_scale, max_tokens=512, max_batch=4, max_pages=64)
+    prefill = LongPrefill(backend, model.qk_nope_head_dim, model.v_head_dim)
+    pages, chosen, seen = np.random.default_rng(1).permutation(32).astype(np.int32), [], []
+    for start, end in ((0, 170), (170, 329), (329, 330)):
+        lengths = np.array([end], np.int32)
+        plan = backend.plan(BatchTables(end, PAGE_SIZE, lengths, pages, np.array([0, 32], np.int64)), [end - start])
+        seen.append(model.forward(text[start:end], range(start, end), backend, plan, long_prefill=prefill)[0])
+        chosen.append(prefill.choose(plan).kernel if plan.num_prefill else "decode")
+    memory.close()
+    assert chosen == ["expanded", "expanded", "decode"]
+    torch.testing.assert_close(torch.stack(seen), want[[169, 328, 329]], atol=2e-3, rtol=2e-3)

@@ -6,10 +6,14 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import numpy as np
 import torch
 
+from kvmanager.attention import MLABackend, PageMemory
 from kvmanager.examples.engine.model import LatentModel
 from kvmanager.examples.engine.oracle import PagedSequence, Reference, SingleProcess
+from kvmanager.examples.engine.worker import long_prefill_for
+from kvmanager.tables import BatchTables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -54,3 +58,29 @@ def test_latents_on_the_gpu_are_those_of_transformers(config, checkpoint, prompt
     assert ours.dtype == theirs.dtype == torch.bfloat16
     print(f"first layer: {int((ours[0] != theirs[0]).sum())} of {ours[0].numel()} values differ")
     torch.testing.assert_close(ours[0], theirs[0], rtol=2**-7, atol=2**-8)
+
+
+def test_long_chunks_on_the_gpu_are_as_near_to_float32_with_expanded_heads_as_with_absorbed(checkpoint, reference):
+    """What a worker makes for itself where a step may be long enough, warmed up, and used for a prompt of two chunks."""
+    directory = checkpoint(**CONFIGS["v3-512-64-16heads"])
+    model = LatentModel.load(directory, "cuda", torch.bfloat16)
+    text = [int(token) for token in np.random.default_rng(9).integers(0, model.vocab_size, 1800)]
+    exact = reference(**CONFIGS["v3-512-64-16heads"]).logits(text)[[899, 1799]]
+    memory = PageMemory(model.layout(64), 32, "cuda")
+    memory.pages.fill_(float("nan"))
+    backend = MLABackend(memory, model.num_heads, model.softmax_scale, max_tokens=1024, max_batch=4, max_pages=64)
+    assert long_prefill_for(model, backend, 256) is None
+    prefill = long_prefill_for(model, backend, 1024)
+    assert prefill is not None
+    prefill.warm_up(1024)
+    pages, errors = np.random.default_rng(1).permutation(32).astype(np.int32), []
+    for used in (prefill, None):
+        rows = []
+        for start, end in ((0, 900), (900, 1800)):
+            plan = backend.plan(BatchTables(end, 64, np.array([end], np.int32), pages, np.array([0, 32], np.int64)), [end - start])
+            rows.append(model.forward(text[start:end], range(start, end), backend, plan, long_prefill=used)[0].cpu())
+            assert prefill.choose(plan).kernel == "expanded"
+        errors.append(((torch.stack(rows) - exact).norm(dim=-1) / exact.norm(dim=-1)).tolist())
+    print(f"relative error against float32: expanded {errors[0]}, absorbed {errors[1]}")
+    assert max(errors[0]) < 1.5 * max(errors[1]) and max(errors[0]) < 0.1
+    memory.close()
