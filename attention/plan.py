@@ -308,12 +308,13 @@ def make_row_plan(
             queries, num_tokens = given, int(given.sum())
             query_starts = np.cumsum(queries) - queries
     padding = 0 if graph_batch is None else _checked_padding(limits, graph_batch, count, num_decode)
-    used = (lengths + (size - 1)) // size
-    pages = count * div_ceil(top, size)
+    used = (lengths + (size - 1)) >> (size.bit_length() - 1) if size & (size - 1) == 0 else (lengths + (size - 1)) // size
+    most_used = div_ceil(top, size)
+    pages = count * most_used
     if count + padding > limits.max_batch or num_tokens + padding > limits.max_tokens or pages > limits.max_pages:
         _check_limits(limits, count + padding, num_tokens + padding, int(used.sum()))
     is_plain = num_decode == count and stores is None
-    update = table.prepare(batch, used, is_plain and table.entries is None)
+    update = table.prepare(batch, used, most_used, is_plain and table.entries is None)
     slots = None
     if update.last_pages is None:
         slots = _slots(size, lengths, queries, num_decode, _checked_stores(stores, count), update.source, update.source_starts)

@@ -70,8 +70,8 @@ class ResidentTable:
     def num_entries(self) -> int:
         return self.num_rows * self.width
 
-    def prepare(self, batch: BatchRows, used: np.ndarray, with_last: bool) -> Update:
-        """What to send so that the leading used[b] entries of each sequence's row are right. Changes nothing that a plan reads.
+    def prepare(self, batch: BatchRows, used: np.ndarray, most_used: int, with_last: bool) -> Update:
+        """What to send so that the leading used[b] entries of each sequence's row are right, most_used at most. Changes nothing that a plan reads.
 
         with_last: the page of each sequence's newest token is sent beside it (for decode), so that runs need not cover it. Raises InvalidValue
         for a length that the row's pages do not hold, a page id out of range, and more sequences than rows."""
@@ -85,29 +85,30 @@ class ResidentTable:
             self._source, self._source_starts = pages, rows * pages.shape[1]
             self._source_lasts = self._source_starts - 1
         source = pages.reshape(-1)
+        if most_used > pages.shape[1]:  # it would read another row's pages
+            self._refuse_length(batch, int(np.argmax(used)))
         have = self._watch.kept.take(rows)
         gap = used - have
         most = int(np.maximum.reduce(gap)) if len(gap) else 0
-        last_pages = kept = None
+        last_pages = None
         ids, runs = NO_IDS, NO_RUNS
-        if most > 0:
-            if np.maximum.reduce(used - tables.page_counts.take(rows)) > 0:
-                row = int(np.argmax(used > tables.page_counts[rows]))
-                raise InvalidValue("lengths", "tokens that the row's pages hold", f"{int(batch.lengths[row])} in row {row}")
-            kept = np.maximum(have, used)
         if with_last:
             last_pages = source.take(self._source_lasts + used, mode="clip")
+            # An entry past a row's pages is -1, and as an unsigned number that is larger than any page.
             if len(gap) and np.maximum.reduce(last_pages.view(np.uint32)) >= self._num_pages:
                 last_pages[used == 0] = 0
-                self._check(last_pages, np.arange(len(used)))
+                self._check(batch, used, last_pages, np.arange(len(used)))
         if most > with_last:
-            ids, runs = self._runs(used, have, (gap > int(with_last)).nonzero()[0], source)
-        return Update(self._starts, last_pages, ids, runs, (self._seating, self._watch.rewrites), kept, source, self._source_starts)
+            ids, runs = self._runs(batch, used, have, (gap > int(with_last)).nonzero()[0], source)
+        seating, kept = (self._seating, self._watch.rewrites), used if most > 0 else None
+        return Update(self._starts, last_pages, ids, runs, seating, kept, source, self._source_starts)
 
-    def _runs(self, used: np.ndarray, have: np.ndarray, behind: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _runs(
+        self, batch: BatchRows, used: np.ndarray, have: np.ndarray, behind: np.ndarray, source: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The entries from have to used of the sequences `behind`: page ids, and where they go."""
         if len(behind) <= FEW:
-            return self._few_runs(used, have, behind, source)
+            return self._few_runs(batch, used, have, behind, source)
         first = have[behind]
         counts = used[behind] - first
         ends = counts.cumsum()
@@ -116,27 +117,35 @@ class ResidentTable:
         runs[:, 0], runs[:, 1], runs[:, 2] = self._starts[behind] + first, begin, counts
         ids = source.take(np.repeat(self._source_starts[behind] + first - begin, counts) + np.arange(ends[-1]))
         if ids.view(np.uint32).max() >= self._num_pages:
-            self._check(ids, np.repeat(behind, counts))
+            self._check(batch, used, ids, np.repeat(behind, counts))
         return ids, runs
 
-    def _few_runs(self, used: np.ndarray, have: np.ndarray, behind: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _few_runs(
+        self, batch: BatchRows, used: np.ndarray, have: np.ndarray, behind: np.ndarray, source: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         parts, runs, begin = [], [], 0
         for row in behind.tolist():
             first, stop, start = have.item(row), used.item(row), self._source_starts.item(row)
             part = source[start + first : start + stop]
             if np.maximum.reduce(part.view(np.uint32)) >= self._num_pages:
-                self._check(part, np.full(len(part), row))
+                self._check(batch, used, part, np.full(len(part), row))
             parts.append(part)
             runs.append((self._starts.item(row) + first, begin, stop - first))
             begin += stop - first
         return parts[0] if len(parts) == 1 else np.concatenate(parts), np.array(runs, np.int32)
 
-    def _check(self, ids: np.ndarray, owners: np.ndarray) -> None:
+    def _check(self, batch: BatchRows, used: np.ndarray, ids: np.ndarray, owners: np.ndarray) -> None:
+        """Refuse the first of these page ids, of the batch's rows `owners`, that is none of this memory's."""
         bad = (ids < 0) | (ids >= self._num_pages)
         if bad.any():
             at = int(np.argmax(bad))
             row = int(owners[at])
+            if used[row] > batch.tables.page_counts[batch.rows[row]]:
+                self._refuse_length(batch, row)
             raise InvalidValue("page_ids", f"0 to {self._num_pages - 1} in row {row}", f"{int(ids[at])} in row {row}")
+
+    def _refuse_length(self, batch: BatchRows, row: int) -> None:
+        raise InvalidValue("lengths", "tokens that the row's pages hold", f"{int(batch.lengths[row])} in row {row}")
 
     def commit(self, batch: BatchRows, update: Update) -> None:
         """The update is on its way: the next one goes on from there."""
