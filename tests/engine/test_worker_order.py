@@ -24,8 +24,9 @@ def test_step_is_finished_only_after_the_device_was_waited_for(wants_token: bool
         ack=lambda: done.append("ack"),
     )
     worker.ahead = SimpleNamespace(take=lambda version, items: {})
+    worker.long_prefill = None
     worker.backend = SimpleNamespace(plan=lambda tables, query_lens: None)
-    worker.model = SimpleNamespace(forward=lambda *arguments: (done.append("launched"), torch.zeros(1, 8))[1])
+    worker.model = SimpleNamespace(forward=lambda *arguments, **options: (done.append("launched"), torch.zeros(1, 8))[1])
     worker.memory = SimpleNamespace(device=torch.device("cpu"), layout=SimpleNamespace(num_layers=2))
     worker.channel = SimpleNamespace(send=lambda message: done.append(message["t"]))
     worker.keep_logits, worker.stream_layers, worker.renew_s, worker.acked_at = False, 0, 1e9, 0.0
