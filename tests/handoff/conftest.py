@@ -21,7 +21,7 @@ from kvmanager.errors import OutOfPages
 from kvmanager.machine.batch import decode_batch
 from kvmanager.machine.snapshot import load_snapshot
 from kvmanager.machine.state import Notice, State
-from tests.handoff.worker import EXIT_FENCED, EXIT_FOREIGN, stamp
+from tests.handoff.worker import EXIT_FENCED, EXIT_FOREIGN, LAYERS, stamp
 
 PAGE = 16
 LEASE_MS, TIMEOUT_MS, WAIT_MS = 1500, 600, 20_000
@@ -125,6 +125,14 @@ class Fleet:
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()[-2000:]
+
+    def run_ahead(self, name: str, handoff: int, sequence: int) -> None:
+        asked = self.folder / f"{name}.ahead.new"
+        asked.write_text(json.dumps([handoff, sequence]))
+        asked.rename(self.folder / f"{name}.ahead")
+
+    def said(self, name: str, what: str) -> bool:
+        return (self.folder / f"{name}.{what}").exists()
 
     # --- gates ---
 
@@ -234,9 +242,10 @@ class Fleet:
         self.until(lambda: self.state.workers[worker].acked >= version, f"{sequence} is written")
         state = self.state
         size = self.config.pools[state.sequences[sequence].pool].page_size
-        memory = np.memmap(self.joined(f"{pool}0")[2], np.int64, "r").reshape(-1, size)
-        slots = memory[state.tables.pages_of(sequence)].reshape(-1)[:length]
-        assert np.array_equal(slots, stamp(sequence, np.arange(length)))
+        memory = np.memmap(self.joined(f"{pool}0")[2], np.int64, "r").reshape(-1, LAYERS, size)
+        for layer in range(LAYERS):
+            slots = memory[state.tables.pages_of(sequence), layer].reshape(-1)[:length]
+            assert np.array_equal(slots, stamp(sequence, np.arange(length), layer))
 
     def place(self, sequence: int) -> str:
         state = self.state
@@ -272,7 +281,9 @@ def make_fleet(tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
     """make_fleet(P=pages, D=pages, ...): a manager and a worker for each pool; those beginning with P prefill."""
     started: list[Fleet] = []
 
-    def make(sizes: dict[str, int] | None = None, bounds: dict[str, int] | None = None, **pools: int) -> Fleet:
+    def make(sizes: dict[str, int] | None = None, bounds: dict[str, int] | None = None, by_layers: bool = False, **pools: int) -> Fleet:
+        if by_layers:
+            (tmp_path / "by_layers").touch()
         started.append(Fleet(tmp_path, pools, sizes, **(bounds or {})))
         return started[-1]
 

@@ -294,6 +294,54 @@ def test_streamed_handoff(make_fleet: MakeFleet, what: str) -> None:
     fleet.at_rest()
 
 
+@pytest.mark.parametrize("what", ["prefill-worker-killed", "checksum-mismatch", "manager-killed", "aborted", "puller-hangs", "nothing"])
+def test_decode_step_that_was_begun_early(make_fleet: MakeFleet, what: str) -> None:
+    """Between two groups of layers, the first of which it has written and read: its result is thrown away with the pull, or it is taken."""
+    bounds = {} if what == "puller-hangs" else {"handoff_timeout_ms": 20_000}
+    fleet = make_fleet(bounds=bounds, by_layers=True, P=24, P2=24, D=24, E=24)
+    fleet.shut("D0", "layers.1")
+    sequence = fleet.open("P", LENGTH)
+    handoff = fleet.kv.hand_off(sequence, "" if what == "puller-hangs" else "D", group="decode" if what == "puller-hangs" else "")
+    fleet.run_ahead("D0", handoff, sequence)
+    fleet.reached("D0", "layers.1")
+    fleet.until(lambda: fleet.said("D0", "ran.0"), "layer 0 has been computed")
+    pages = fleet.state.handoffs[handoff].target_pages
+    assert not fleet.said("D0", "ran.1") and fleet.handoff_state(handoff) == "moving"
+    if what == "prefill-worker-killed":
+        known = fleet.kill("P0")
+        assert fleet.hear(sequence, "aborted", known).code == "lost"
+        fleet.hear(sequence, "lost", known)
+    elif what == "checksum-mismatch":
+        (fleet.folder / "D0.spoil").write_text("1")
+    elif what == "manager-killed":
+        fleet.kill_manager()
+    elif what == "aborted":
+        fleet.kv.abort(handoff)
+        assert fleet.hear(sequence, "aborted", time.monotonic()).code == "asked"
+    elif what == "puller-hangs":
+        known = time.monotonic() + TIMEOUT_MS / 1000
+        assert fleet.hear(sequence, "aborted", known).code == "timed_out"
+        fleet.hear(sequence, "resident", known)
+    if what in ("prefill-worker-killed", "aborted", "puller-hangs"):
+        fleet.until(lambda: fleet.said("D0", "dropped"), "it is thrown away")
+        for _ in range(5):
+            fleet.turn()
+            assert not set(pages) & set(fleet.state.pool("D").free.array().tolist())  # the pull has not ended
+    fleet.open_gate("D0", "layers.1")
+    if what == "prefill-worker-killed":
+        again(fleet, "P2", "D")
+    elif what == "aborted":
+        fleet.check(sequence, "P")
+    elif what == "puller-hangs":
+        fleet.check(sequence, "E")
+    else:
+        fleet.hear(sequence, "resident")
+        fleet.check(sequence, "D")
+    assert fleet.said("D0", "took") == (what in ("manager-killed", "nothing"))
+    assert fleet.said("D0", "dropped") == (what not in ("manager-killed", "nothing"))
+    fleet.at_rest()
+
+
 @pytest.mark.parametrize("when", ["after-the-abort", "twice", "of-an-older-handoff"])
 def test_completion_comes_late(make_fleet: MakeFleet, when: str) -> None:
     fleet = make_fleet(P=24, D=24)

@@ -1,10 +1,15 @@
 """A worker process without a model: it writes recognisable numbers into pages that lie in a file, and pulls pages out of others' files.
 
-Slot p of sequence s holds `stamp(s, p)`. Before it writes a step it reads everything that the sequence has, and ends with EXIT_FOREIGN if
+Slot p of sequence s holds `stamp(s, p, layer)` in each of LAYERS layers. Before it writes a step it reads everything that the sequence has, and ends with EXIT_FOREIGN if
 one slot holds something else: so no test has to look for what a page reused too early does to somebody who has nothing to do with it.
 
 A gate is a file `<name>.<point>` in the folder: whoever comes to the point says so (`.reached`) and waits until the file is gone. Points:
-write, written (not acknowledged yet), pull.<n> (before the nth page), pulled (copied, not reported yet).
+write, written (not acknowledged yet), layers.<n> (before a pull that begins with that layer), pull.<n> (before the nth page), pulled (copied, not
+reported yet).
+
+A file `<name>.ahead` with a handoff and its sequence asks for their next token to be computed while they are on their way; `<name>.ran.<n>` says that
+layer n of it has been, `<name>.took` that it became a step, `<name>.dropped` that it was thrown away. With a file `by_layers` in the folder, what moves
+comes layer by layer.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import sys
 import threading
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -30,9 +36,24 @@ from kvmanager.worker.replica import Pull
 EXIT_FENCED, EXIT_FOREIGN = 3, 9
 
 
-def stamp(sequence: int, positions: np.ndarray) -> np.ndarray:
+LAYERS = 3
+
+
+def stamp(sequence: int, positions: np.ndarray, layer: int = 0) -> np.ndarray:
     """int64, never 0."""
-    return (sequence % 1_000_003 + 1) * 1_000_000 + positions
+    return layer * 10**13 + (sequence % 1_000_003 + 1) * 1_000_000 + positions
+
+
+@dataclass
+class Ahead:
+    """A step that is run for a sequence that is not here yet; `right`: what it has read was the sequence's own."""
+
+    handoff: int
+    sequence: int
+    pages: np.ndarray
+    length: int
+    layer: int = 0
+    right: bool = True
 
 
 class Worker:
@@ -42,8 +63,12 @@ class Worker:
         shape = self.client.stats()["pools"][pool]
         self.page_size, pages = shape["page_size"], shape["pages"]["total"]
         path = folder / f"{name}.{os.getpid()}.pages"
-        self.memory = np.memmap(path, np.int64, "w+", shape=(pages, self.page_size))
+        self.memory = np.memmap(path, np.int64, "w+", shape=(pages, LAYERS, self.page_size))
         self.replica = Replica(pool)
+        if (folder / "by_layers").exists():
+            self.replica.pull_by_layers(LAYERS, 1)
+        self.ahead: Ahead | None = None
+        self.results: dict[int, bool] = {}
         self.follower = Follower(self.client, self.replica)
         memory = msgpack.packb([str(path), pages, self.page_size])
         self.worker = self.client.join(name, pool, f"stamps/{self.page_size}", memory=memory, lease_ms=lease_ms)
@@ -68,7 +93,8 @@ class Worker:
             self.follower.socket.poll(10, zmq.POLLIN)
             self.follower.poll(0)
             self.pull()
-            while self.replica.step:
+            self.go_ahead()
+            while self.replica.step and self.replica.ready(self.replica.step):
                 self.run()
             content = self.replica.ack()
             if content is None and time.monotonic() - self.acked_at > self.renew_s:
@@ -85,16 +111,54 @@ class Worker:
         self.gate("write")
         for sequence in due:
             length, start = tables.length(sequence), self.done.get(sequence, 0)
-            flat = self.memory[tables.pages_of(sequence)].reshape(-1)
-            if not np.array_equal(flat[:start], stamp(sequence, np.arange(start))):
-                print(f"{self.name}: step {version}: sequence {sequence} of {start} tokens holds {flat[:start]}", file=sys.stderr)
-                os._exit(EXIT_FOREIGN)
-            positions = np.arange(start, length)
-            pages = tables.pages_of(sequence)
-            self.memory[pages[positions // self.page_size], positions % self.page_size] = stamp(sequence, positions)
+            pages, positions = tables.pages_of(sequence), np.arange(start, length)
+            result = self.results.pop(sequence, None)
+            took = result is not None and self.replica.ran_ahead(version, sequence)
+            for layer in range(LAYERS):
+                self.read(pages, sequence, length if took else start, layer, f"step {version}")
+                if not took:
+                    self.memory[pages[positions // self.page_size], layer, positions % self.page_size] = stamp(sequence, positions, layer)
+            if took:
+                (self.folder / f"{self.name}.took").touch()
+                if not result:
+                    print(f"{self.name}: step {version}: what was run ahead for {sequence} has read something else", file=sys.stderr)
+                    os._exit(EXIT_FOREIGN)
             self.done[sequence] = length
         self.gate("written")
         self.replica.finish(version, own)
+
+    def read(self, pages: np.ndarray, sequence: int, length: int, layer: int, what: str) -> None:
+        """All that the sequence has in a layer. It ends if that is not its own."""
+        flat = self.memory[pages, layer].reshape(-1)[:length]
+        if not np.array_equal(flat, stamp(sequence, np.arange(length), layer)):
+            print(f"{self.name}: {what}: layer {layer} of sequence {sequence}, {length} tokens, holds {flat}", file=sys.stderr)
+            os._exit(EXIT_FOREIGN)
+
+    def go_ahead(self) -> None:
+        """One layer of a step that nobody has ordered yet, if it is there."""
+        asked = self.folder / f"{self.name}.ahead"
+        if self.ahead is None and asked.exists():
+            handoff, sequence = json.loads(asked.read_text())
+            tables = self.replica.begin_ahead(handoff)
+            if tables is not None:
+                asked.unlink()
+                self.ahead = Ahead(handoff, sequence, tables.pages_of(0), int(tables.lengths[0]) - 1)
+        ahead = self.ahead
+        if ahead is None:
+            return
+        if ahead.layer == LAYERS or self.replica.spoiled(ahead.handoff):
+            self.ahead = None
+            if self.replica.end_ahead(ahead.handoff):
+                self.results[ahead.sequence] = ahead.right
+            else:
+                (self.folder / f"{self.name}.dropped").touch()
+        elif self.replica.layers_there(ahead.handoff) > ahead.layer:
+            flat = self.memory[ahead.pages, ahead.layer].reshape(-1)
+            ahead.right &= np.array_equal(flat[: ahead.length], stamp(ahead.sequence, np.arange(ahead.length), ahead.layer))
+            place, slot = divmod(ahead.length, self.page_size)
+            self.memory[ahead.pages[place], ahead.layer, slot] = stamp(ahead.sequence, np.array(ahead.length), ahead.layer)
+            (self.folder / f"{self.name}.ran.{ahead.layer}").touch()
+            ahead.layer += 1
 
     def pull(self) -> None:
         wanted = {pull.handoff: pull for pull in self.replica.pulls()}
@@ -125,18 +189,23 @@ class Worker:
 
     def copied(self, pull: Pull, stop: threading.Event) -> str:
         path, pages, size = msgpack.unpackb(pull.peer.memory)
-        source = np.memmap(path, np.int64, "r", shape=(pages, size))
-        slots = source[pull.source_pages].reshape(-1)[pull.source_skip :][: pull.tokens]
+        first, end = pull.layers(LAYERS)
+        source = np.memmap(path, np.int64, "r", shape=(pages, LAYERS, size))
+        slots = source[pull.source_pages, first:end].transpose(1, 0, 2).reshape(end - first, -1)
+        if size != self.page_size:  # else whole pages, whatever is behind the tokens
+            slots = slots[:, pull.source_skip :][:, : pull.tokens]
+        self.gate(f"layers.{first}")
         for place, page in enumerate(pull.target_pages.tolist()):
             self.gate(f"pull.{place}")
             if stop.is_set():
                 return ""
-            part = slots[place * self.page_size :][: self.page_size]
-            self.memory[page, : len(part)] = part
+            part = slots[:, place * self.page_size :][:, : self.page_size]
+            there = np.s_[page, first:end, : part.shape[1]]
+            self.memory[there] = part
             spoil = self.folder / f"{self.name}.spoil"
             if spoil.exists() and int(spoil.read_text()) > pull.attempt:
-                self.memory[page, 0] ^= 1 << 40
-            expected, got = zlib.crc32(part.tobytes()), zlib.crc32(self.memory[page, : len(part)].tobytes())
+                self.memory[page, first, 0] ^= 1 << 40
+            expected, got = zlib.crc32(part.tobytes()), zlib.crc32(self.memory[there].tobytes())
             if expected != got:
                 return f"page {page}: expected checksum {expected:08x}, got {got:08x}"
         self.gate("pulled")
