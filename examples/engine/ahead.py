@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from kvmanager.errors import Unknown
 from kvmanager.worker.ahead import AHEAD_MAX
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class _GivesWay(Exception):
 
 
 class StepsAhead:
-    """taken  results that became part of a step; wasted  those that were computed and did not"""
+    """taken   results that became part of a step
+    wasted  those that were computed and did not
+    """
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -56,7 +59,7 @@ class StepsAhead:
         for handoff, asked in list(self._asked.items()):
             tables = self._worker.replica.begin_ahead(handoff)
             if tables is None:
-                if time.monotonic() > asked.until:
+                if time.monotonic() > asked.until or self._is_here(asked.sequence):
                     del self._asked[handoff]
                 continue
             logits = None
@@ -69,6 +72,14 @@ class StepsAhead:
                     del self._results[next(iter(self._results))]
             if not again or time.monotonic() > asked.until:
                 del self._asked[handoff]
+
+    def _is_here(self, sequence: int) -> bool:
+        """Whether it has come without: it filled its last page, or its pages were here before anything could begin."""
+        replica = self._worker.replica
+        try:
+            return replica.tables.pool_of(sequence) == replica.pool
+        except Unknown:  # closed
+            return True
 
     def _compute(self, handoff: int, asked: _Asked, tables: Any) -> Tensor | None:
         """Logits [1, vocab]; None if it gave way. What was launched has been done then."""

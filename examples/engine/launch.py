@@ -5,6 +5,7 @@ A process that this one started and reaped is known dead. That, not silence, is 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -47,15 +48,16 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start_manager(self, pools: Sequence[PoolConfig], *, lease_ms: int = 10_000) -> None:
-        """`kvmanager serve` for these pools; returns once it answers. Raises RuntimeError with its log if it does not.
+    def start_manager(self, pools: Sequence[PoolConfig], *, lease_ms: int = 10_000, **bounds: int) -> None:
+        """`kvmanager serve` for these pools and bounds of ManagerConfig; returns once it answers. Raises RuntimeError with its log if it does not.
 
         It has a journal: if its process ends, the next one goes on with the same sequences and pages, and nobody else has to end for it.
         """
         arguments = ["-m", "kvmanager.cli", "serve", "--address", self.manager_address, "--publish", f"ipc://{self.folder}/log"]
-        for pool in pools:
-            arguments += ["--pool", f"name={pool.name},num_pages={pool.num_pages},page_size={pool.page_size},group={pool.group}"]
-        arguments += ["--lease-ms", str(lease_ms), "--journal", str(self.folder / "journal")]
+        fields = ("name", "num_pages", "page_size", "group")
+        config = {"lease_ms": lease_ms, **bounds, "pools": [{name: getattr(pool, name) for name in fields} for pool in pools]}
+        (self.folder / "manager.json").write_text(json.dumps(config))
+        arguments += ["--config", str(self.folder / "manager.json"), "--journal", str(self.folder / "journal")]
         self._keeper = threading.Thread(target=self._keep_manager, args=(arguments,), daemon=True)
         self._keeper.start()
         try:
