@@ -165,8 +165,9 @@ class Worker:
         plan = self.backend.plan(tables, [len(each) for each in tokens])
         positions = np.concatenate([np.arange(item[1], item[1] + len(each)) for item, each in zip(items, tokens, strict=True)])
         progress = LayerProgress(self, version, [item[0] for item in items])
-        token_ids, used = np.concatenate(tokens).astype(np.int64), self.long_prefill
-        logits: torch.Tensor = self.model.forward(token_ids, positions, self.backend, plan, progress.on_layer, long_prefill=used)
+        token_ids = np.concatenate(tokens).astype(np.int64)
+        more: dict[str, Any] = {} if self.long_prefill is None else {"long_prefill": self.long_prefill}
+        logits: torch.Tensor = self.model.forward(token_ids, positions, self.backend, plan, progress.on_layer, **more)
         progress.wait()
         return logits
 
@@ -268,7 +269,7 @@ def long_prefill_for(model: LatentModel, backend: MLABackend, max_tokens: int) -
     """Expanded heads for long chunks of prompts (docs/prefill.md), if a step may be long enough to gain by them. None on the CPU, where the
     text is compared with transformers' to the bit and nothing is gained, and its workspace is not made."""
     layout, device = backend.layout, backend.memory.device
-    if device.type != "cuda":
+    if device.type != "cuda" or not isinstance(model, LatentModel):  # what stands in for a model, in a benchmark, attends by itself
         return None
     arch = torch.cuda.get_device_capability(device)
     nope, v = model.qk_nope_head_dim, model.v_head_dim
