@@ -342,6 +342,33 @@ def test_decode_step_that_was_begun_early(make_fleet: MakeFleet, what: str) -> N
     fleet.at_rest()
 
 
+@pytest.mark.parametrize("what", ["killed", "goes-on", "closed-by-its-client"])
+def test_source_between_two_groups_of_layers(make_fleet: MakeFleet, what: str) -> None:
+    """Layer 0 of a step that still runs is on the target already. If the source dies there, nothing of it is ever the sequence's."""
+    fleet = make_fleet(P=24, P2=24, D=24)
+    fleet.shut("P0", "wrote.0")
+    sequence = fleet.open("P", LENGTH, chunk=0)
+    handoff = fleet.kv.hand_off(sequence, "D", reserve=True, stream=True)
+    fleet.bystanders.pop("P")
+    fleet.kv.grow(sequence, LENGTH)
+    fleet.reached("P0", "wrote.0")
+    fleet.until(lambda: fleet.said("D0", "early.0"), "layer 0 is pulled")
+    assert fleet.handoff_state(handoff) == "prefilling" and fleet.kv.stats()["pools"]["P"]["pages"]["used"] >= 4
+    if what == "killed":
+        known = fleet.kill("P0")
+        assert fleet.hear(sequence, "aborted", known).code == "lost"
+        fleet.hear(sequence, "lost", known)
+        again(fleet, "P2", "D")
+    else:
+        if what == "closed-by-its-client":
+            fleet.kv.close(sequence)
+        fleet.open_gate("P0", "wrote.0")
+        if what == "goes-on":
+            fleet.hear(sequence, "resident")
+            fleet.check(sequence, "D")
+    fleet.at_rest()
+
+
 @pytest.mark.parametrize("when", ["after-the-abort", "twice", "of-an-older-handoff"])
 def test_completion_comes_late(make_fleet: MakeFleet, when: str) -> None:
     fleet = make_fleet(P=24, D=24)

@@ -1,11 +1,13 @@
 """A worker process without a model: it writes recognisable numbers into pages that lie in a file, and pulls pages out of others' files.
 
-Slot p of sequence s holds `stamp(s, p, layer)` in each of LAYERS layers. Before it writes a step it reads everything that the sequence has, and ends with EXIT_FOREIGN if
-one slot holds something else: so no test has to look for what a page reused too early does to somebody who has nothing to do with it.
+Slot p of sequence s holds `stamp(s, p, layer)` in each of LAYERS layers. Before it writes a step it reads everything that the sequence has, and ends
+with EXIT_FOREIGN if one slot holds something else: so no test has to look for what a page reused too early does to somebody who has nothing to do with it.
 
 A gate is a file `<name>.<point>` in the folder: whoever comes to the point says so (`.reached`) and waits until the file is gone. Points:
-write, written (not acknowledged yet), layers.<n> (before a pull that begins with that layer), pull.<n> (before the nth page), pulled (copied, not
-reported yet).
+write, wrote.<n> (that layer, told to those who pull it already), written (not acknowledged yet), layers.<n> (before a pull that begins with that
+layer), pull.<n> (before the nth page), pulled (copied, not reported yet).
+
+`<name>.early.<n>` says that layer n on was pulled before the handoff moved.
 
 A file `<name>.ahead` with a handoff and its sequence asks for their next token to be computed while they are on their way; `<name>.ran.<n>` says that
 layer n of it has been, `<name>.took` that it became a step, `<name>.dropped` that it was thrown away. With a file `by_layers` in the folder, what moves
@@ -96,12 +98,15 @@ class Worker:
             self.go_ahead()
             while self.replica.step and self.replica.ready(self.replica.step):
                 self.run()
-            content = self.replica.ack()
-            if content is None and time.monotonic() - self.acked_at > self.renew_s:
-                content = self.replica.renewal()
-            if content is not None:
-                self.client.ack(self.worker, **content._asdict())
-                self.acked_at = time.monotonic()
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        content = self.replica.ack()
+        if content is None and time.monotonic() - self.acked_at > self.renew_s:
+            content = self.replica.renewal()
+        if content is not None:
+            self.client.ack(self.worker, **content._asdict())
+            self.acked_at = time.monotonic()
 
     def run(self) -> None:
         """The step that is due, for whoever has something to write in it."""
@@ -109,23 +114,34 @@ class Worker:
         own = [each for each in tables.open_ids().tolist() if tables.pool_of(each) == self.replica.pool]
         due = [each for each in own if tables.length(each) > self.done.get(each, 0)]
         self.gate("write")
-        for sequence in due:
-            length, start = tables.length(sequence), self.done.get(sequence, 0)
-            pages, positions = tables.pages_of(sequence), np.arange(start, length)
-            result = self.results.pop(sequence, None)
-            took = result is not None and self.replica.ran_ahead(version, sequence)
-            for layer in range(LAYERS):
-                self.read(pages, sequence, length if took else start, layer, f"step {version}")
-                if not took:
+        took = self.take(version, due)
+        for layer in range(LAYERS):
+            for sequence in due:
+                length, start = tables.length(sequence), self.done.get(sequence, 0)
+                pages, positions = tables.pages_of(sequence), np.arange(start, length)
+                self.read(pages, sequence, length if sequence in took else start, layer, f"step {version}")
+                if sequence not in took:
                     self.memory[pages[positions // self.page_size], layer, positions % self.page_size] = stamp(sequence, positions, layer)
-            if took:
+            if layer + 1 < LAYERS and (streaming := self.replica.streaming()):
+                self.replica.layers_written(version, streaming, layer + 1)
+                self.acknowledge()
+                self.gate(f"wrote.{layer}")
+        self.done.update((sequence, tables.length(sequence)) for sequence in due)
+        self.gate("written")
+        self.replica.finish(version, own)
+
+    def take(self, version: int, due: list[int]) -> list[int]:
+        """Those whose step has been run ahead. It ends if what that read was not the sequence's own."""
+        took = []
+        for sequence in due:
+            result = self.results.pop(sequence, None)
+            if result is not None and self.replica.ran_ahead(version, sequence):
                 (self.folder / f"{self.name}.took").touch()
                 if not result:
                     print(f"{self.name}: step {version}: what was run ahead for {sequence} has read something else", file=sys.stderr)
                     os._exit(EXIT_FOREIGN)
-            self.done[sequence] = length
-        self.gate("written")
-        self.replica.finish(version, own)
+                took.append(sequence)
+        return took
 
     def read(self, pages: np.ndarray, sequence: int, length: int, layer: int, what: str) -> None:
         """All that the sequence has in a layer. It ends if that is not its own."""
@@ -209,6 +225,8 @@ class Worker:
             if expected != got:
                 return f"page {page}: expected checksum {expected:08x}, got {got:08x}"
         self.gate("pulled")
+        if pull.early:
+            (self.folder / f"{self.name}.early.{first}").touch()
         return ""
 
 
