@@ -232,10 +232,35 @@ def pages() -> None:
         raise SystemExit("pages: another sum than the CPU's")
 
 
+def converted() -> None:
+    """From the middle of bf16 pages into smaller ones of eight bits, of two of three layers: the CPU's bytes, and no others."""
+    import numpy as np
+    import torch
+
+    from kvmanager.attention.layout import LatentLayout
+    from kvmanager.attention.transports.convert import convert_pages
+    from kvmanager.attention.transports.move import plan_move
+
+    source = torch.randn((4, 3, 64, 576), generator=torch.Generator().manual_seed(1)).bfloat16()
+    move = plan_move(np.array([2, 0]), np.array([7, 1, 4, 0, 5, 2]), 64, 16, 3, tokens=91, source_skip=5)
+    for layout in (
+        LatentLayout(512, 64, 3, 16, "fp8_ds_mla"),
+        LatentLayout(512, 64, 3, 16, "float8_e4m3fn", scales=(0.5, 0.01, 3.0)),
+    ):
+        results = []
+        for device in ("cuda", "cpu"):
+            pages = torch.full((9, 3, 16, layout.storage_width), 7, dtype=torch.uint8, device=device)
+            segments = torch.from_numpy(move.segments.astype(np.int32)).to(device)
+            convert_pages(source.to(device), 64, pages.view(getattr(torch, layout.storage_dtype)), layout, segments, (1, 3))
+            results.append(pages.cpu())
+        if not torch.equal(*results) or (results[0][:, 0] != 7).any() or (results[0][[3, 6, 8]] != 7).any():
+            raise SystemExit(f"converted {layout.dtype}: other bytes than the CPU's")
+
+
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
-        write, decode, hopper, hopper_invariant, hopper_fp8, sparse, cascade, long_prefill, long_prefill_library, states, pages,
+        write, decode, hopper, hopper_invariant, hopper_fp8, sparse, cascade, long_prefill, long_prefill_library, states, pages, converted,
     )
 }  # fmt: skip
 # Under racecheck 2025.3.1 long prefill breaks off ("failed to handle a hardware exception", an illegal access in a kernel that it does not
