@@ -1,7 +1,7 @@
 """How long after a prompt's last layer its decode worker can go on: moved once it is computed, streamed while it is, and beginning on layer 0.
 
     python3 benchmarks/bench_streaming.py                       two cards: prefill on the first, decode on the last
-    python3 benchmarks/bench_streaming.py --device cpu --tokens 1023,2047 --chunk 512 --heads 1 --hidden 64
+    python3 benchmarks/bench_streaming.py --device cpu --tokens 1024,2048 --chunk 512 --heads 1 --hidden 64
 
 Manager, workers, scheduler and transport are the example engine's; the model is not: layers of DeepSeek-V3's latent width that write, attend and
 multiply as such a model does, with latents whose values say what they are. Each request is a prompt of random ids and
@@ -280,7 +280,7 @@ def measure(args: argparse.Namespace, lengths: list[int]) -> list[dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda (two cards, or one for both), or cpu")
-    parser.add_argument("--tokens", default="8191,32767", help="prompt lengths; one that ends with its page has no slot to run ahead in")
+    parser.add_argument("--tokens", default="8192,32768", help="prompt lengths")
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--group", type=int, default=8, help="layers after which progress is told")
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step")

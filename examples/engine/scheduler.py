@@ -297,7 +297,9 @@ class Scheduler:
                 request = waiting.pop(at)
                 request.pool = pool.name
                 # What is streamed is opened first and computed by the next step, which asks for its handoff too: every layer of it can go.
-                plan.opens.append((request, Open(request.tokens, pool.name, request.tenant, chunk=0 if self.stream else budget)))
+                # One slot more than the prompt: where its next token goes, if that is computed before the sequence is its decode pool's.
+                chunk, more = 0 if self.stream else budget, int(self.decode_early)
+                plan.opens.append((request, Open(request.tokens, pool.name, request.tenant, chunk=chunk, reserve=more)))
                 budget -= min(budget, len(request.tokens))
         return plan
 

@@ -259,6 +259,20 @@ def test_where_it_cannot_be(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert full.kv.state.handoffs[handoff].length == 96 and full.target.begin_ahead(handoff) is None
 
 
+def test_a_page_that_was_reserved_for_the_next_token_goes_with_the_sequence() -> None:
+    """Its prompt ends with its page, and still there is a slot behind it."""
+    rig = Rig()
+    rig.kv.abort(rig.handoff)
+    rig.sequence = rig.kv.open(np.arange(500, 596, dtype=np.int32), "A", chunk=96, reserve=1).sequence
+    rig.finish()
+    rig.handoff = rig.kv.hand_off(rig.sequence, "B")
+    tables = rig.target.begin_ahead(rig.handoff)
+    assert tables is not None and tables.lengths.tolist() == [97] and len(tables.pages_of(0)) == 7
+    resident(rig)
+    assert rig.target.end_ahead(rig.handoff)
+    assert rig.target.ran_ahead(rig.kv.grow(rig.sequence), rig.sequence)
+
+
 def test_without_streaming_what_moves_comes_by_layers_too() -> None:
     rig = Rig()
     rig.target.pull_by_layers(LAYERS, 3)
