@@ -85,6 +85,28 @@ def test_git_keeps_the_symlinks_as_symlinks() -> None:
     assert [(line.split()[0], line.split("\t")[1]) for line in listed.splitlines()] == [("120000", name) for name in names]
 
 
+def test_nothing_lies_at_the_top_but_what_belongs_there() -> None:
+    """Notes and logs of whoever worked here are not part of the project."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    if not listed:
+        pytest.skip("nothing is committed yet")
+    folders = {".ci", "benchmarks", "docs", "kvmanager", "tests", *LINKS}
+    files = {
+        ".gitignore",
+        "CHANGELOG.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "Makefile",
+        "README.md",
+        "constraints-oldest.txt",
+        "constraints.txt",
+        "pyproject.toml",
+    }
+    assert {name.split("/")[0] for name in listed} <= folders | files
+
+
 def test_no_file_is_loaded_under_two_names(run_python: Callable[..., str]) -> None:
     """Two names would mean two copies of a class, and an `except` that does not catch. All of kvmanager is imported, the examples too."""
     code = """
