@@ -154,10 +154,10 @@ class Held:
         self.go, self.begun, source = threading.Event(), threading.Event(), peer._source
         copy = source.copy  # type: ignore[attr-defined]
 
-        def held(move: Any, stretch: slice) -> None:
+        def held(move: Any, stretch: slice, summed: bool) -> Any:
             self.begun.set()
             assert self.go.wait(60)
-            copy(move, stretch)
+            return copy(move, stretch, summed)
 
         source.copy = held  # type: ignore[attr-defined]
 
