@@ -33,7 +33,8 @@ class Stored(NamedTuple):
 
 
 def view_pages(pages: Tensor, rank: int, scale: float = 1.0) -> Stored:
-    """pages [num_pages, page_size, storage_width] of one layer, or [num_pages, num_layers, ...] of all: uint8 is fp8_ds_mla, any other dtype holds `rank` values and k_pe."""
+    """pages [num_pages, page_size, storage_width] of one layer, or [num_pages, num_layers, ...] of all: uint8 is fp8_ds_mla, any other dtype
+    holds `rank` values and k_pe."""
     if pages.dtype != torch.uint8:
         return Stored(pages[..., :rank], pages[..., rank:], None, scale)
     scales_end = rank + 4 * (rank // GROUP)
@@ -158,12 +159,11 @@ def group_scale_bits(top):
 
 
 @triton.jit
-def divide_groups(value, BLOCK_TOKENS: tl.constexpr, BLOCK_RANK: tl.constexpr, GROUP: tl.constexpr):
-    """float32 [BLOCK_TOKENS, BLOCK_RANK] divided by the scales of its groups of GROUP, and those, [BLOCK_TOKENS, BLOCK_RANK // GROUP]."""
-    groups = tl.reshape(value, [BLOCK_TOKENS, BLOCK_RANK // GROUP, GROUP])
+def divide_groups(value, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """float32, NUM_GROUPS * GROUP of any shape, as [NUM_GROUPS, GROUP] and divided by their groups' scales; and those, [NUM_GROUPS]."""
+    groups = tl.reshape(value, [NUM_GROUPS, GROUP])
     size = tl.abs(groups)
-    top = tl.max(tl.where(size <= 3.4028234e38, size, 0.0), 2)  # of the finite ones: NaN is not <= anything
+    top = tl.max(tl.where(size <= 3.4028234e38, size, 0.0), 1)  # of the finite ones: NaN is not <= anything
     bits = group_scale_bits(top)
     inverse_bits = (254 << 23) - bits  # of a power of two: exact
-    groups = groups * inverse_bits.to(tl.float32, bitcast=True)[:, :, None]
-    return tl.reshape(groups, [BLOCK_TOKENS, BLOCK_RANK]), bits.to(tl.float32, bitcast=True)
+    return groups * inverse_bits.to(tl.float32, bitcast=True)[:, None], bits.to(tl.float32, bitcast=True)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvmanager.kernels.latent_formats import GROUP, Stored, group_scale_bits, rounded_to, to_e4m3, to_type
+from kvmanager.kernels.latent_formats import GROUP, Stored, divide_groups, rounded_to, to_e4m3, to_type
 
 __all__ = ["Projection", "write_latent", "write_projection", "write_quantised"]
 
@@ -286,15 +286,11 @@ def _write_values_kernel(
             mean = tl.sum(value * value, 0) / RANK
             value = _rounded_once(value * tl.rsqrt(mean + eps) * weight.to(tl.float32), stored_type, values_ptr.dtype.element_ty)
         if GROUP:
-            groups = tl.reshape(value, [BLOCK_RANK // GROUP, GROUP])
-            size = tl.abs(groups)
-            top = tl.max(tl.where(size <= 3.4028234e38, size, 0.0), 1)  # of the finite ones: NaN is not <= anything
-            bits = group_scale_bits(top)  # [BLOCK_RANK // GROUP]
-            inverse_bits = (254 << 23) - bits  # of a power of two: exact
-            value = tl.reshape(groups * inverse_bits.to(tl.float32, bitcast=True)[:, None], [BLOCK_RANK])
+            groups, group_scales = divide_groups(value, BLOCK_RANK // GROUP, GROUP)
+            value = tl.reshape(groups, [BLOCK_RANK])
             group = tl.arange(0, BLOCK_RANK // GROUP)
             scales_row = scales_ptr + page * stride_scales_page + offset * STRIDE_SCALES_SLOT
-            tl.store(scales_row + group, bits.to(tl.float32, bitcast=True), mask=_where(valid, group < RANK // GROUP))
+            tl.store(scales_row + group, group_scales, mask=_where(valid, group < RANK // GROUP))
         elif IS_FP8:
             value = value * inverse
         value = to_e4m3(value) if IS_FP8 else to_type(value, values_ptr.dtype.element_ty)

@@ -65,6 +65,14 @@ def pull_pages(
 
 
 @triton.jit
+def _load_segment(segments_ptr, index):
+    """Source page, its first slot, target page, its first slot, slots; pages as int64."""
+    row = segments_ptr + index * 5
+    source_page, target_page = tl.load(row).to(tl.int64), tl.load(row + 2).to(tl.int64)
+    return source_page, tl.load(row + 1), target_page, tl.load(row + 3), tl.load(row + 4)
+
+
+@triton.jit
 def _pull_pages_kernel(
     source_address,
     target_ptr,
@@ -83,12 +91,8 @@ def _pull_pages_kernel(
     pid = tl.program_id(0)
     block = pid % blocks
     layer = (pid // blocks) % layers + first_layer
-    row = segments_ptr + (pid // blocks // layers) * 5
-    source_page = tl.load(row).to(tl.int64)
-    source_slot = tl.load(row + 1)
-    target_page = tl.load(row + 2).to(tl.int64)
-    target_slot = tl.load(row + 3)
-    words = tl.load(row + 4) * NUM_WORDS * layers_in_run
+    source_page, source_slot, target_page, target_slot, slots = _load_segment(segments_ptr, pid // blocks // layers)
+    words = slots * NUM_WORDS * layers_in_run
     source_ptr = tl.multiple_of(source_address.to(tl.pointer_type(tl.int64)), 16)  # an entry is whole vectors of 16 bytes, so all runs are
     source = source_ptr + source_page * stride_source_page + (layer * stride_source_layer + source_slot * NUM_WORDS)
     target = target_ptr + target_page * stride_target_page + (layer * stride_target_layer + target_slot * NUM_WORDS)
@@ -186,12 +190,7 @@ def _convert_pages_kernel(
     pid = tl.program_id(0)
     block = pid % blocks
     layer = ((pid // blocks) % layers + first_layer).to(tl.int64)
-    row = segments_ptr + (pid // blocks // layers) * 5
-    source_page = tl.load(row).to(tl.int64)
-    source_slot = tl.load(row + 1)
-    target_page = tl.load(row + 2).to(tl.int64)
-    target_slot = tl.load(row + 3)
-    slots = tl.load(row + 4)
+    source_page, source_slot, target_page, target_slot, slots = _load_segment(segments_ptr, pid // blocks // layers)
     token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # [BLOCK_TOKENS]
     is_token = (token < slots)[:, None]
     column, rope = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_ROPE)
@@ -207,7 +206,9 @@ def _convert_pages_kernel(
     values = values_ptr + target_page * stride_values_page + layer * stride_values_layer
     ropes = rope_ptr + target_page * stride_rope_page + layer * stride_rope_layer
     if GROUP:
-        value, group_scales = divide_groups(value, BLOCK_TOKENS, BLOCK_RANK, GROUP)
+        groups, group_scales = divide_groups(value, BLOCK_TOKENS * (BLOCK_RANK // GROUP), GROUP)
+        value = tl.reshape(groups, [BLOCK_TOKENS, BLOCK_RANK])
+        group_scales = tl.reshape(group_scales, [BLOCK_TOKENS, BLOCK_RANK // GROUP])
         group = tl.arange(0, BLOCK_RANK // GROUP)
         scales = scales_ptr + target_page * stride_scales_page + layer * stride_scales_layer
         is_group = is_token & (group < RANK // GROUP)[None, :]
