@@ -8,8 +8,9 @@ A decode step of a captured graph, page 64, random page ids, on one GPU; no kern
     rows     Replica.batch_rows with page tables that stay on the device: what changed goes over, and the device makes the work list
 
 and for `rows`: lengths at random (each step some sequences begin a page), all sequences begin one at the same step, or at each step one is closed
-and another opened in its place. Every step all sequences grow by a token. Median and least of the plans, one at a time: the copy of one is over before the next begins. "rows of the
-replica" is what the replica takes to hand its rows over; "device" what the launch behind the copy takes, and an empty launch beside it.
+and another opened in its place. Every step all sequences grow by a token. Median and least of the plans, one at a time: the copy of one is over
+before the next begins. "rows of the replica" is what the replica takes to hand its rows over; "device" what the launch behind the copy takes, and
+an empty launch beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import median, print_header
+from measure import graph_ms, median, print_header
+from result_files import write_results
 
 from kvmanager.attention.backend import MLABackend
 from kvmanager.attention.layout import LatentLayout
@@ -76,30 +78,15 @@ def measure(backend: MLABackend, tables: Tables, batch: int, as_rows: bool, chur
     return {name: values[8:] for name, values in found.items()}
 
 
-def line(name: str, times: list[float], sent: list[float]) -> None:
+def line(name: str, times: list[float], sent: list[float]) -> dict[str, Any]:
+    """Print a row, and give it as results have it."""
     ordered = sorted(times)
     print(
         f"{name:<66} {median(times):7.1f} us, least {ordered[0]:6.1f}, 9 of 10 below {ordered[len(ordered) * 9 // 10]:7.1f}; "
         f"{median(sent):9,.0f} bytes, most {max(sent):9,.0f}",
         flush=True,
     )
-
-
-def device_time(call: Callable[[], object], repeats: int = 200) -> float:
-    """Microseconds of a launch in a row of them, in a graph."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        call()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(repeats):
-                call()
-        graph.replay()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e3 / repeats
+    return {"shape": name, "ours_ms": median(times) / 1e3, "least_ms": ordered[0] / 1e3, "bytes": max(sent), "note": f"{max(sent):,} bytes"}
 
 
 def breakdown(backend: MLABackend, batch: int) -> None:
@@ -136,7 +123,7 @@ def breakdown(backend: MLABackend, batch: int) -> None:
         print(f"    {name:<62} {median(times):7.1f} us, least {min(times):6.1f}")
     tiny = torch.zeros(1, device="cuda")
     print(
-        f"    device: the launch {device_time(launch):.2f} us, an empty one {device_time(lambda: tiny.add_(0)):.2f} us",
+        f"    device: the launch {graph_ms([launch] * 200) * 1e3:.2f} us, an empty one {graph_ms([lambda: tiny.add_(0)] * 200) * 1e3:.2f} us",
         flush=True,
     )
 
@@ -152,6 +139,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="the first two shapes alone")
     arguments = parser.parse_args()
     print_header()
+    rows = []
     for batch, length, heads in SHAPES[:2] if arguments.short else SHAPES:
         name = f"{batch} x {heads} x {length}"
         backend = backend_of(batch, length, heads)
@@ -162,7 +150,7 @@ def main() -> None:
             ("rows, one closed and one opened", True, True, True),
         ):
             found = measure(backend, tables_of(batch, length, ragged), batch, as_rows, churn)
-            line(f"{name}, {label}", found["plan"], found["bytes"])
+            rows.append(line(f"{name}, {label}", found["plan"], found["bytes"]))
             if label == "rows":
                 print(f"    rows of the replica {median(found['rows']):.1f} us")
         if batch == 256:
@@ -171,14 +159,15 @@ def main() -> None:
         backend = backend_of(batch, length, heads, batch_invariant=True)
         for label, as_rows in (("arrays", False), ("rows", True)):
             found = measure(backend, tables_of(batch, length, True), batch, as_rows)
-            line(f"{name}, batch_invariant, {label}", found["plan"], found["bytes"])
+            rows.append(line(f"{name}, batch_invariant, {label}", found["plan"], found["bytes"]))
         del backend
     for batch, length, heads, common in ((64, 18432, 16, 16384), (256, 4096, 16, 2048)):
         backend = backend_of(batch, length, heads)
         for label, as_rows in (("arrays", False), ("rows", True)):
             found = measure(backend, tables_of(batch, length, True, common), batch, as_rows)
-            line(f"{batch} x {heads} x {length}, {common} shared, {label}", found["plan"], found["bytes"])
+            rows.append(line(f"{batch} x {heads} x {length}, {common} shared, {label}", found["plan"], found["bytes"]))
         del backend
+    write_results("plan", rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ multiply as such a model does, with latents whose values say what they are. Each
 four generated tokens. Measured on the host's clock, which its processes share: from the end of the prompt's last layer, seen by the prefill worker,
 to the begin of the first decode step on the decode worker; beside it what the scheduler sees, from the first token to the second, and a decode step,
 from the third token to the fourth. With --group layers at a time on their way, "from layer 0" begins the first decode step as soon as layer 0 is
-there and is taken once the rest is, so that what counts for it is the second token. The decode worker checks every latent that came. --trace prints who did what when for the last request of each kind.
+there and is taken once the rest is, so that what counts for it is the second token. The decode worker checks every latent that came. --trace prints
+who did what when for the last request of each kind.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Layers:
         plan: Plan,
         on_layer: Callable[[int], None] | None = None,
         before_layer: Callable[[int], None] | None = None,
+        long_prefill: None = None,
     ) -> Tensor:
         where = torch.from_numpy(positions).to(self.device)
         q = torch.randn(plan.num_tokens, self.num_heads, RANK + ROPE, device=self.device, dtype=self.dtype)

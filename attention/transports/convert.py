@@ -6,7 +6,9 @@ that arrived; then the target's worker encodes them into its own pages. Over CUD
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.torch_path import encode
+from kvmanager.attention.transports.move import Move
 
-__all__ = ["STAGING_BYTES", "convert_pages", "new_staging", "staged_pages"]
+__all__ = ["STAGING_BYTES", "StagedPart", "convert_pages", "new_staging", "staged_pages", "staged_parts"]
 
 STAGING_BYTES = 64 << 20  # of one peer's pages that wait to be converted, at most: or two pages, if they are larger
 
@@ -29,6 +32,34 @@ def new_staging(layout: LatentLayout, num_pages: int, device: torch.device) -> T
     """[num_pages, num_layers, page_size, storage_width]"""
     shape = (num_pages, layout.num_layers, layout.page_size, layout.storage_width)
     return torch.empty(shape, dtype=getattr(torch, layout.storage_dtype), device=device)
+
+
+class StagedPart(NamedTuple):
+    """Some source pages of a move, by way of staged ones, which are numbered from 0 and as large: segments [n, 5] as a Move has them.
+
+    read       from the source into staged pages, each slot at its place
+    converted  from there into the target's pages
+    row        int64 [n]  row of the move that each is of
+    """
+
+    read: np.ndarray
+    converted: np.ndarray
+    row: np.ndarray
+
+    @property
+    def summed(self) -> np.ndarray:
+        """[n, 4]: which staged slots there are then, as `sum_segments` takes them."""
+        return self.read[:, [2, 3, 4, 1]]
+
+
+def staged_parts(move: Move, num_pages: int) -> Iterator[StagedPart]:
+    """A move in parts of at most so many source pages, in order."""
+    for first in range(0, len(move.source_pages), num_pages):
+        part = (move.row >= first) & (move.row < first + num_pages)
+        row, segments = move.row[part], move.segments[part]
+        read, converted = segments.copy(), segments.copy()
+        read[:, 2], read[:, 3], converted[:, 0] = row - first, segments[:, 1], row - first
+        yield StagedPart(read, converted, row)
 
 
 def convert_pages(

@@ -18,7 +18,7 @@ import torch
 from kvmanager.attention.checksum import WORD_BYTES, slot_factors, word_factors
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.transports.base import Announcement, OwnPages, Pull, PullState
-from kvmanager.attention.transports.convert import convert_from, new_staging, staged_pages
+from kvmanager.attention.transports.convert import convert_from, new_staging, staged_pages, staged_parts
 from kvmanager.attention.transports.fields import bytes_field, int_field, text_field
 from kvmanager.attention.transports.move import Move, Runs
 from kvmanager.errors import ChecksumMismatch, InvalidValue, KVError, PullFailed, TransportUnavailable
@@ -192,16 +192,8 @@ class _CudaSource:
             self._staging = staging.view(dtype=torch.int64).view(count, theirs.num_layers, theirs.page_size, num_words)
         factors = slot_factors(theirs.num_layers, theirs.page_size, name), word_factors(num_words, name)
         sums = []
-        for first in range(0, len(move.source_pages), count):
-            part = (move.row >= first) & (move.row < first + count)
-            there, place = move.segments[part], move.row[part] - first
-            source_page, slot, target, target_slot, slots = there.T
-            pulled, summed_rows, converted = self._send(
-                pull,
-                np.stack([source_page, slot, place, slot, slots], 1),
-                np.stack([place, slot, slots, slot], 1),
-                np.stack([place, slot, target, target_slot, slots], 1),
-            )
+        for part in staged_parts(move, count):
+            pulled, summed_rows, converted = self._send(pull, part.read, part.summed, part.converted)
             pull_pages(
                 self._address,
                 self._staging,

@@ -34,7 +34,7 @@ from kvmanager.attention.checksum import sum_segments, sum_target
 from kvmanager.attention.layout import LatentLayout
 from kvmanager.attention.transports.base import Announcement, OwnPages, Pull
 from kvmanager.attention.transports.choice import INSTALL
-from kvmanager.attention.transports.convert import convert_pages, new_staging, staged_pages
+from kvmanager.attention.transports.convert import StagedPart, convert_pages, new_staging, staged_pages, staged_parts
 from kvmanager.attention.transports.fields import bytes_field, int_field, text_field
 from kvmanager.attention.transports.move import Move, Runs
 from kvmanager.errors import ChecksumMismatch, InvalidValue, KVError, PullFailed, TransportUnavailable, WrongState
@@ -134,15 +134,13 @@ class _Agent:
 
 
 class _Piece(NamedTuple):
-    """Runs that are posted together, offsets and lengths in bytes, int64 [n]; of pages to be converted, `staged` says which slots they are:
-    [n, 5], the pages of its targets being those of half a staging buffer, and `row` which rows of the pull's move."""
+    """Runs that are posted together, offsets and lengths in bytes, int64 [n]. Of pages to be converted, `part` says which slots they are; its
+    staged pages are those of half a staging buffer."""
 
     source: np.ndarray
     target: np.ndarray
     length: np.ndarray
-    staged: np.ndarray | None = None
-    converted: np.ndarray | None = None
-    row: np.ndarray | None = None
+    part: StagedPart | None = None
 
 
 class _NixlPull(Pull):
@@ -169,23 +167,20 @@ class _NixlPull(Pull):
 
 def _pieces(move: Move, layout: LatentLayout) -> list[_Piece]:
     """A move as runs of at most PIECE_BYTES together."""
-    runs = _cut(move.runs(layout.num_layers, layout.slot_bytes), PIECE_BYTES)
-    bounds = np.cumsum(runs[2])
+    source, target, length = _cut(move.runs(layout.num_layers, layout.slot_bytes), PIECE_BYTES)
+    bounds = np.cumsum(length)
     starts = [0, *(np.flatnonzero(np.diff((bounds - 1) // PIECE_BYTES)) + 1).tolist()] if len(bounds) else []
-    return [_Piece(*(column[low:high] for column in runs)) for low, high in zip(starts, [*starts[1:], len(bounds)], strict=True)]
+    stretches = [slice(low, high) for low, high in zip(starts, [*starts[1:], len(bounds)], strict=True)]
+    return [_Piece(source[each], target[each], length[each]) for each in stretches]
 
 
 def _staged_pieces(move: Move, theirs: LatentLayout, pages: int) -> list[_Piece]:
     """A move as pieces of at most so many source pages, each read into pages of its own size."""
     pieces = []
-    for first in range(0, len(move.source_pages), pages):
-        part = (move.row >= first) & (move.row < first + pages)
-        row, segments = move.row[part], move.segments[part]
-        staged, converted = segments.copy(), segments.copy()
-        staged[:, 2], staged[:, 3], converted[:, 0] = row - first, segments[:, 1], row - first
-        into = dataclasses.replace(move, segments=staged, row=row, target_page_size=move.source_page_size)
+    for part in staged_parts(move, pages):
+        into = dataclasses.replace(move, segments=part.read, row=part.row, target_page_size=move.source_page_size)
         runs = into.runs(theirs.num_layers, theirs.slot_bytes)
-        pieces.append(_Piece(runs.source, runs.target, runs.length, staged, converted, row))
+        pieces.append(_Piece(runs.source, runs.target, runs.length, part))
     return pieces
 
 
@@ -333,18 +328,19 @@ class _NixlSource:
     def _arrived(self, pull: _NixlPull, piece: _Piece, half: int) -> None:
         """A piece has ended: convert it, if it is in the staging buffer, unless nobody wants it any more."""
         self._free.append(half)
-        if piece.staged is None or piece.converted is None or piece.row is None or pull.cancelled:
+        part = piece.part
+        if part is None or pull.cancelled:
             return
         theirs, own = self._theirs, self._own
         layers = pull.move.first_layer, pull.move.end_layer
         pages = self._into[half * self._half : (half + 1) * self._half]
         if pull.expected is not None:
-            np.add.at(pull.sums, piece.row, sum_segments(pages, theirs, piece.staged[:, [2, 3, 4, 1]], layers, theirs.page_size))
+            np.add.at(pull.sums, part.row, sum_segments(pages, theirs, part.summed, layers, theirs.page_size))
         if own.rows is not None:
-            convert_pages(pages, theirs.page_size, own.pages, own.layout, piece.converted, layers)
+            convert_pages(pages, theirs.page_size, own.pages, own.layout, part.converted, layers)
             return
         with torch.cuda.stream(torch.cuda.Stream(own.pages.device)):
-            segments = torch.from_numpy(piece.converted.astype(np.int32)).to(own.pages.device)
+            segments = torch.from_numpy(part.converted.astype(np.int32)).to(own.pages.device)
             convert_pages(pages, theirs.page_size, own.pages, own.layout, segments, layers)
             torch.cuda.current_stream().synchronize()  # the half is written into again, and the pull may end, once this returns
 

@@ -79,9 +79,8 @@ class _Plan:
 class Scheduler:
     """client: the manager. channel: the workers. pools: name -> role. chunk_tokens: prompt tokens a prefill step computes at most.
 
-    stream: prompts move to their decode worker while they are computed.
     page_size: of the pools, the smallest: ids of so many decoded tokens are told at once.
-    decode_early: it may compute their next token before all of it is there.
+    stream: prompts move to their decode worker while they are computed. decode_early: it may compute their next token before all of it is there.
     keep_latents: before a request's pages are closed, fetch what is in them (for comparison with a reference).
     on_event: told in words what an operator would want to know.
     """

@@ -166,8 +166,7 @@ class Worker:
         positions = np.concatenate([np.arange(item[1], item[1] + len(each)) for item, each in zip(items, tokens, strict=True)])
         progress = LayerProgress(self, version, [item[0] for item in items])
         token_ids = np.concatenate(tokens).astype(np.int64)
-        more: dict[str, Any] = {} if self.long_prefill is None else {"long_prefill": self.long_prefill}
-        logits: torch.Tensor = self.model.forward(token_ids, positions, self.backend, plan, progress.on_layer, **more)
+        logits = self.model.forward(token_ids, positions, self.backend, plan, progress.on_layer, long_prefill=self.long_prefill)
         progress.wait()
         return logits
 

@@ -2,8 +2,8 @@
 
 A handoff that gets no further is ended by time: a moving one after `handoff_timeout_ms`, one that waits (for tokens to be written, for
 pages in the target) after `handoff_wait_ms`, and one whose source has something to write and says nothing of it after `handoff_prefill_ms`:
-another target would not help that, so its owner is told that it has stalled, and may compute it elsewhere. A pull that failed is tried again, `handoff_tries` times in all. A handoff that names a group
-then begins anew into another pool of it; each pool is tried once.
+another target would not help that, so its owner is told that it has stalled, and may compute it elsewhere. A pull that failed is tried again,
+`handoff_tries` times in all. A handoff that names a group then begins anew into another pool of it; each pool is tried once.
 
 Nothing here looks at all handoffs at once: a command costs what it moves on, however many are under way.
 """
@@ -50,8 +50,8 @@ REASON_MAX = 300
 
 
 def hand_off(draft: Draft, item: HandOff) -> list[Any]:
-    """[handoff id, target pool]. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, NoConversion, SequenceTooLarge, PoolNotReady, PoolDraining,
-    TooMany; OutOfPages and OverQuota if pages are to be reserved, OverQuota too if the quota can never suffice."""
+    """[handoff id, target pool]. Raises Unknown, WrongState, InvalidValue, LayoutMismatch, NoConversion, SequenceTooLarge, PoolNotReady,
+    PoolDraining, TooMany; OutOfPages and OverQuota if pages are to be reserved, OverQuota too if the quota can never suffice."""
     state = draft.state
     if not draft.alive(item.sequence):
         raise Unknown("sequence", item.sequence)

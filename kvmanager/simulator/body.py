@@ -20,7 +20,6 @@ from kvmanager.service import wire
 from kvmanager.simulator.books import Broken, Chore, Work, Worker, demand
 from kvmanager.simulator.caller import Caller
 from kvmanager.simulator.model import Model
-from kvmanager.simulator.pools import layout_of
 from kvmanager.simulator.world import Network, World
 from kvmanager.worker.replica import AckContent, Pull, Replica
 
@@ -233,7 +232,7 @@ class Body:
 
         if self.alive:
             pool = self.model.config.pools[self.pool]
-            command = Join(self.name, pool.name, layout_of(pool), seen=1)
+            command = Join(self.name, pool.name, pool.layout, seen=1)
             self.caller.ask(command_to_wire(command), lambda reply: self.receive(answered, reply), self.patience_us)
 
     def published(self, topic: bytes, data: bytes) -> None:

@@ -30,7 +30,7 @@ from kvmanager.simulator import operations  # noqa: F401 - for what they registe
 from kvmanager.simulator.books import PAGE, Turn, Worker, demand
 from kvmanager.simulator.model import Model
 from kvmanager.simulator.operations.questions import check_answer
-from kvmanager.simulator.pools import draw_formats, draw_pool, draw_sizes, layout_of
+from kvmanager.simulator.pools import draw_formats, draw_pool, draw_sizes
 from kvmanager.simulator.registry import ACTIONS, DRAWS, HEALERS
 from kvmanager.simulator.replies import check_refusals, check_reply
 
@@ -89,7 +89,7 @@ class Driver:
         self.failing = rng.choice((0, 0.1, 0.4))
         for pool in pools:
             for rank in range(pool.workers):
-                self.send(Join(f"{pool.name}{rank}", pool.name, layout_of(pool)), 100)
+                self.send(Join(f"{pool.name}{rank}", pool.name, pool.layout), 100)
 
     def load(self) -> State:
         return load_snapshot(self.config, decode_batch(encode_batch(snapshot(self.manager.state))))
@@ -232,7 +232,7 @@ class Driver:
                 if f"{pool.name}{rank}" not in names and not any(
                     worker.name == f"{pool.name}{rank}" for worker in self.model.crew(number, fenced=True)
                 ):
-                    self.send(Join(f"{pool.name}{rank}", pool.name, layout_of(pool)), 100)
+                    self.send(Join(f"{pool.name}{rank}", pool.name, pool.layout), 100)
 
     def tick(self, jump: int) -> None:
         self.now += jump

@@ -8,7 +8,7 @@ from typing import Any
 from kvmanager.config import PoolConfig
 from kvmanager.simulator.books import PAGE
 
-__all__ = ["CONVERTED", "draw_formats", "draw_pool", "draw_sizes", "format_of", "layout_of"]
+__all__ = ["CONVERTED", "draw_formats", "draw_pool", "draw_sizes", "format_of"]
 
 CONVERTED = ("wide", "narrow")  # the only pair of formats, source and target, between which pages are converted
 
@@ -24,15 +24,11 @@ def draw_formats(seed: int) -> tuple[str, ...]:
 
 
 def draw_pool(rng: random.Random, name: str, sizes: tuple[int, ...], pages: int, formats: tuple[str, ...], **more: Any) -> PoolConfig:
-    """A pool of as many tokens as `pages` pages of PAGE slots, or a little more."""
+    """A pool of as many tokens as `pages` pages of PAGE slots, or a little more. Its layout is what its workers join with: contents agree,
+    page sizes and formats may differ."""
     size, form = rng.choice(sizes), formats["ABC".index(name)]
     layout = f"latents:{form}/p{size}" + ("<wide" if form == "narrow" else "")
     return PoolConfig(name, max(3, -(-pages * PAGE // size)), page_size=size, layout=layout, **more)
-
-
-def layout_of(pool: PoolConfig) -> str:
-    """What its workers join with: contents agree, page sizes and formats may differ."""
-    return pool.layout
 
 
 def format_of(pool: PoolConfig) -> str:

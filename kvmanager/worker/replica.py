@@ -259,8 +259,8 @@ class Replica:
     # --- running steps -------------------------------------------------------------------------------------------------------
 
     def ready(self, version: int) -> bool:
-        """Whether step `version` can run now. False: not here yet, or something is run ahead for one of its sequences and has to end first. Raises StaleStep for one acknowledged already, WrongState if its
-        copies have not been carried out, StaleEpoch."""
+        """Whether step `version` can run now. False: not here yet, or something is run ahead for one of its sequences and has to end first.
+        Raises StaleStep for one acknowledged already, WrongState if its copies have not been carried out, StaleEpoch."""
         self._check_life()
         self._require_copied(version)
         if version <= self.acked or (version <= self.version and version != self.step):  # the latter: a snapshot went past it
