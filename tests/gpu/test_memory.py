@@ -1,6 +1,7 @@
 """Pages pulled from another process's device memory, and sums of pages on the device."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,15 +10,15 @@ import torch
 from kvmanager.attention import torch_path
 from kvmanager.attention.checksum import sum_target
 from kvmanager.attention.layout import LatentLayout
-from kvmanager.attention.memory import PageMemory
+from kvmanager.attention.memory import PageMemory, PeerMemory
 from kvmanager.attention.transports import convert, cuda_ipc
-from kvmanager.attention.transports.base import PullState
+from kvmanager.attention.transports.base import Pull, PullState
 from kvmanager.attention.transports.move import plan_move
 from kvmanager.errors import ChecksumMismatch, InvalidValue
 from kvmanager.kernels.latent_formats import view_pages
 from kvmanager.kernels.latent_write import write_quantised
 from kvmanager.tables import div_ceil
-from tests.attention.owner import as_bytes, content, owning
+from tests.attention.owner import Owner, as_bytes, content, owning
 
 CARDS = ["cuda:0", "cuda:1"] if torch.cuda.device_count() > 1 else ["cuda:0"]
 
@@ -27,6 +28,40 @@ def moved(source, target, src, dst, tokens, skips, layers):  # type: ignore[no-u
     for token in range(tokens):
         (s, a), (d, b) = divmod(token + skips[0], source.shape[2]), divmod(token + skips[1], target.shape[2])
         target[int(dst[d]), layers[0] : layers[1], b] = source[int(src[s]), layers[0] : layers[1], a]
+
+
+class Begun(NamedTuple):
+    """A pull under way, and what it was asked for."""
+
+    pull: Pull
+    src: np.ndarray
+    dst: np.ndarray
+    tokens: int
+    skips: tuple[int, int]
+    layers: tuple[int, int]
+
+
+def begin_four(owner: Owner, memory: PageMemory, peer: PeerMemory, last_tokens: int) -> list[Begun]:
+    """Of 40 pages into 60: whole sequences and parts of them, from the middle of pages too, all layers and a group; verified where sums can be."""
+    sizes, rng = (peer.layout.page_size, memory.layout.page_size), np.random.default_rng(3)
+    free, begun = rng.permutation(60), []
+    for tokens, skips, layers in ((150, (0, 0), (0, 3)), (97, (5, 9), (1, 2)), (1, (15, 15), (0, 1)), (last_tokens, (0, 0), (1, 3))):
+        counts = [div_ceil(skip + tokens, size) for skip, size in zip(skips, sizes, strict=True)]
+        src, dst, free = rng.permutation(40)[: counts[0]], free[: counts[1]], free[counts[1] :]
+        sums = owner.sums(src, tokens, layers) if skips[0] == 0 else None
+        options = {"tokens": tokens, "source_skip": skips[0], "target_skip": skips[1], "layers": layers, "expected": sums}
+        pull = memory.begin_pull(peer, src, dst, **options)  # type: ignore[arg-type]
+        begun.append(Begun(pull, src, dst, tokens, skips, layers))
+    return begun
+
+
+def check_wrong_sum_is_refused(memory: PageMemory, peer: PeerMemory) -> None:
+    theirs, ours = peer.layout.page_size, memory.layout.page_size
+    pages = range(theirs // ours) if ours < theirs else [0]
+    wrong = memory.begin_pull(peer, [0], pages, tokens=theirs, expected=np.ones(1, np.uint64))
+    assert wrong.wait(30) is PullState.FAILED
+    with pytest.raises(ChecksumMismatch):
+        wrong.result()
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -40,22 +75,12 @@ def test_pull_over_cuda_ipc_brings_exactly_the_slots_asked_for(card: str, theirs
         peer = memory.open_peer(owner.export)
         assert peer.choice.transport == "cuda_ipc"
         source, want = content(layouts[0], 40, 7), torch.full(as_bytes(memory).shape, 0xEE, dtype=torch.uint8)
-        rng = np.random.default_rng(3)
-        free, pulls = rng.permutation(60), []
-        for tokens, skips, layers in ((150, (0, 0), (0, 3)), (97, (5, 9), (1, 2)), (1, (15, 15), (0, 1)), (128, (0, 0), (1, 3))):
-            counts = [div_ceil(skip + tokens, size) for skip, size in zip(skips, (theirs, ours), strict=True)]
-            src, dst, free = rng.permutation(40)[: counts[0]], free[: counts[1]], free[counts[1] :]
-            sums = owner.sums(src, tokens, layers) if skips[0] == 0 else None
-            options = {"tokens": tokens, "source_skip": skips[0], "target_skip": skips[1], "layers": layers, "expected": sums}
-            pulls.append(memory.begin_pull(peer, src, dst, **options))  # type: ignore[arg-type]
-            moved(source, want, src, dst, tokens, skips, layers)
-        assert [pull.wait(30) for pull in pulls] == [PullState.DONE] * 4
+        begun = begin_four(owner, memory, peer, 128)
+        for each in begun:
+            moved(source, want, *each[1:])
+        assert [each.pull.wait(30) for each in begun] == [PullState.DONE] * 4
         assert torch.equal(as_bytes(memory).cpu(), want)
-        pages = range(theirs // ours) if ours < theirs else [0]
-        wrong = memory.begin_pull(peer, [0], pages, tokens=theirs, expected=np.ones(1, np.uint64))
-        assert wrong.wait(30) is PullState.FAILED
-        with pytest.raises(ChecksumMismatch):
-            wrong.result()
+        check_wrong_sum_is_refused(memory, peer)
         memory.close()
 
 
@@ -83,15 +108,9 @@ def test_pages_converted_on_their_way_are_those_of_a_direct_write(
         want = memory.pages.view(torch.uint8).clone().view(memory.pages.dtype)
         peer = memory.open_peer(owner.export)
         assert (peer.choice.transport, peer.layout.format) == ("cuda_ipc", "bfloat16")
-        source = content(source_layout, 40, 7).view(torch.bfloat16)
-        rng = np.random.default_rng(3)
-        free, pulls, finite = rng.permutation(60), [], 0
-        for tokens, skips, layers in ((150, (0, 0), (0, 3)), (97, (5, 9), (1, 2)), (1, (15, 15), (0, 1)), (192, (0, 0), (1, 3))):
-            counts = [div_ceil(skip + tokens, size) for skip, size in zip(skips, (theirs, ours), strict=True)]
-            src, dst, free = rng.permutation(40)[: counts[0]], free[: counts[1]], free[counts[1] :]
-            sums = owner.sums(src, tokens, layers) if skips[0] == 0 else None
-            options = {"tokens": tokens, "source_skip": skips[0], "target_skip": skips[1], "layers": layers, "expected": sums}
-            pulls.append(memory.begin_pull(peer, src, dst, **options))  # type: ignore[arg-type]
+        source, finite = content(source_layout, 40, 7).view(torch.bfloat16), 0
+        begun = begin_four(owner, memory, peer, 192)
+        for _, src, dst, tokens, skips, layers in begun:
             place = np.arange(skips[0], skips[0] + tokens)
             latents = source[torch.from_numpy(src[place // theirs]), :, torch.from_numpy(place % theirs)]
             place = np.arange(skips[1], skips[1] + tokens)
@@ -105,14 +124,10 @@ def test_pages_converted_on_their_way_are_those_of_a_direct_write(
                 written = want[:, layer].flatten(0, 1).view(torch.uint8)[slots.to(card)].cpu()
                 assert torch.equal(written[fine], plain[fine])
                 finite += int(fine.sum())
-        assert [pull.wait(30) for pull in pulls] == [PullState.DONE] * 4
+        assert [each.pull.wait(30) for each in begun] == [PullState.DONE] * 4
         assert torch.equal(as_bytes(memory), want.view(torch.uint8).view(as_bytes(memory).shape))
         assert finite > 0
-        pages = range(theirs // ours) if ours < theirs else [0]
-        wrong = memory.begin_pull(peer, [0], pages, tokens=theirs, expected=np.ones(1, np.uint64))
-        assert wrong.wait(30) is PullState.FAILED
-        with pytest.raises(ChecksumMismatch):
-            wrong.result()
+        check_wrong_sum_is_refused(memory, peer)
         memory.close()
 
 

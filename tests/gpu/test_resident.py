@@ -65,6 +65,15 @@ class World:
         return BatchRows(1, self.page_size, self.tables.lengths.take(rows), rows, self.tables)
 
 
+def eight_open(seed: int) -> tuple[World, PageMemory]:
+    """Eight sequences of up to 3,000 tokens at page 64, and pages that hold something."""
+    world, memory = World(seed, 64, 3000), PageMemory(LatentLayout(512, 64, 1, 64), NUM_PAGES, "cuda")
+    memory.pages.normal_(std=0.1)
+    for _ in range(8):
+        world.open()
+    return world, memory
+
+
 def empty(page_size: int) -> BatchTables:
     return BatchTables(0, page_size, np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(1, np.int64))
 
@@ -131,11 +140,7 @@ def test_rows_give_the_bits_of_arrays_in_one_graph_and_eager(layout: LatentLayou
 
 
 def test_prefill_rows_beside_decode_rows_give_the_bits_of_arrays() -> None:
-    layout = LatentLayout(512, 64, 1, 64)
-    world, memory = World(3, 64, 3000), PageMemory(layout, NUM_PAGES, "cuda")
-    memory.pages.normal_(std=0.1)
-    for _ in range(8):
-        world.open()
+    world, memory = eight_open(3)
     for sequence in world.open_ids:
         world.tables.grow(np.array([sequence]), np.array([600]), np.array([11]), world.pages(11))
     backend = MLABackend(memory, 16, 0.05, 4096, 8, 8 * 70, sequence_pages=70)
@@ -180,11 +185,7 @@ def test_groups_are_found_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_next_step_is_planned_while_this_one_runs() -> None:
     """Step v waits on the device; v + 1, which rewrites its rows, is planned meanwhile without a wait, and v reads what it was planned with."""
-    layout = LatentLayout(512, 64, 1, 64)
-    world, memory = World(4, 64, 3000), PageMemory(layout, NUM_PAGES, "cuda")
-    memory.pages.normal_(std=0.1)
-    for _ in range(8):
-        world.open()
+    world, memory = eight_open(4)
     backend = MLABackend(memory, 16, 0.05, 8, 8, 8 * 60, sequence_pages=60)
     q = torch.randn((8, 16, 576), dtype=torch.bfloat16, device="cuda")
     rows = world.tables.rows(np.array(world.open_ids))
